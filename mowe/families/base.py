@@ -1,0 +1,112 @@
+"""What every encoder family is: encoders of one architecture and size, run together over a plan."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from mowe.audio import AudioBatch
+from mowe.families.convert import Entry, encoder_state_dict, load_encoder
+from mowe.features import Spectrogram, normalize_waves
+from mowe_kernels import FamilyPlan, FrameClock
+
+Context = Literal["valid", "window"]
+
+
+class ClipFeatures:
+    """A batch of clips in every form an encoder takes, each computed once, when first asked for."""
+
+    def __init__(self, audio: AudioBatch, context: Context):
+        self.audio = audio
+        self.context = context
+        self._spectrogram: Spectrogram | None = None
+        self._log_mel: dict[int, Tensor] = {}
+        self._normalized: AudioBatch | None = None
+
+    def log_mel(self, num_mel_bins: int) -> tuple[Tensor, Tensor]:
+        """Whisper's log-mel rows [S, num_mel_bins] and the first row of each clip, int32 [B]."""
+        if self._spectrogram is None:
+            self._spectrogram = Spectrogram(self.audio, self.context)
+        if num_mel_bins not in self._log_mel:
+            self._log_mel[num_mel_bins] = self._spectrogram.log_mel(num_mel_bins)
+        return self._log_mel[num_mel_bins], self._spectrogram.starts
+
+    def wave(self, normalize: bool) -> tuple[Tensor, Tensor]:
+        """The samples [S, 1], with zero mean and unit variance if asked, and the first of each clip, int32 [B]."""
+        if normalize and self._normalized is None:
+            self._normalized = normalize_waves(self.audio)
+        audio = self._normalized if normalize else self.audio
+        return audio.samples[:, None], audio.starts
+
+
+class EncoderFamily(nn.Module):
+    """Encoders of one architecture and size, their parameters stacked along the first axis.
+
+    A subclass knows one architecture of transformers: which configurations it can run, how a clip becomes frames, the
+    layers, and the names of the parameters. The layers have no dropout, layer drop or SpecAugment: a frozen encoder
+    gives the same features in training as in evaluation.
+    """
+
+    encoder_class: ClassVar[type[PreTrainedModel]]  # what `to_transformers` gives back
+    hidden_size: int
+    num_levels: int
+
+    def __init__(self, configs: list[PreTrainedConfig]):
+        super().__init__()
+        self.configs = configs
+        self.clock = self.frame_clock(configs[0])
+
+    @classmethod
+    def signature(cls, config: PreTrainedConfig, do_normalize: bool) -> tuple[Any, ...]:
+        """What encoders must share to be stacked. Raises ConfigError for a configuration that cannot be run."""
+        raise NotImplementedError
+
+    @classmethod
+    def frame_clock(cls, config: PreTrainedConfig) -> FrameClock:
+        """When the frames of the encoder's output happen."""
+        raise NotImplementedError
+
+    def level_lengths(self, samples: int, context: Context) -> list[int]:
+        """Frames of a clip of `samples` samples at each level, the last being the encoder's output."""
+        raise NotImplementedError
+
+    def inputs(self, features: ClipFeatures) -> tuple[Tensor, Tensor]:
+        """Packed input frames [S, C] of all clips and the first frame of each, int32 [B]."""
+        raise NotImplementedError
+
+    def encode(self, x: Tensor, starts: Tensor, plan: FamilyPlan) -> Tensor:
+        """Input frames [S, C], first frame of each pair int32 [P] -> packed rows [R, hidden_size]."""
+        raise NotImplementedError
+
+    def entries(self) -> list[Entry]:
+        """How the stacked parameters are named in one transformers encoder."""
+        raise NotImplementedError
+
+    def forward(self, features: ClipFeatures, plan: FamilyPlan) -> Tensor:
+        """Rows [plan.rows.num_rows, hidden_size] of every pair of the plan that belongs to this family."""
+        x, starts = self.inputs(features)
+        x = x.to(self.dtype)
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return self.encode(x, starts[plan.clip], plan)
+        # The CPU gains nothing from wide batches: one encoder at a time keeps its weights and rows in cache.
+        parts = [self.encode(x, starts[part.clip], part) for part in plan.by_encoder()]
+        return torch.cat(parts) if parts else x.new_empty(0, self.hidden_size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def load_encoder(self, index: int, encoder: nn.Module) -> None:
+        """Copy a transformers encoder into place `index`. Raises CheckpointError where it does not fit."""
+        load_encoder(self, index, encoder.state_dict(), self.entries())
+
+    def to_transformers(self, index: int) -> PreTrainedModel:
+        """Encoder `index` as the transformers module it came from, in evaluation mode."""
+        encoder = self.encoder_class(self.configs[index])
+        state_dict = encoder_state_dict(self, index, self.entries())
+        first = next(iter(state_dict.values()))
+        encoder.to(first.device, first.dtype).load_state_dict(state_dict)
+        return encoder.eval()

@@ -1,0 +1,110 @@
+"""Layers of several encoders at once: parameters stacked [E, ...], rows packed by encoder."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from mowe_kernels import Level, grouped_layer_norm, grouped_linear, grouped_mlp, varlen_attention
+
+
+class StackedLinear(nn.Module):
+    """E linear layers. weight: [E, N, K], bias: [E, N]."""
+
+    def __init__(self, encoders: int, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(encoders, out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(encoders, out_features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.02)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, rows: Level, *, residual: Tensor | None = None) -> Tensor:
+        """[R, K] -> [R, N], every row through its encoder's layer."""
+        return grouped_linear(x, self.weight, self.bias, rows.group_offsets, residual=residual)
+
+
+class StackedConv(nn.Module):
+    """E convolutions. weight: [E, N, taps, C / groups] (nn.Conv1d's with its last two axes swapped), bias: [E, N]."""
+
+    def __init__(
+        self, encoders: int, channels: int, out_channels: int, taps: int, *, groups: int = 1, bias: bool = True
+    ):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(encoders, out_channels, taps, channels // groups))
+        self.bias = nn.Parameter(torch.empty(encoders, out_channels)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        fan_in = self.weight.shape[2] * self.weight.shape[3]
+        nn.init.normal_(self.weight, std=fan_in**-0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class StackedNorm(nn.Module):
+    """E affine maps after a normalisation. weight, bias: [E, D]."""
+
+    def __init__(self, encoders: int, width: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(encoders, width))
+        self.bias = nn.Parameter(torch.empty(encoders, width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, rows: Level, *, activation: str = "") -> Tensor:
+        """LayerNorm over the last dimension of [R, D]."""
+        return grouped_layer_norm(x, self.weight, self.bias, rows.group_offsets, eps=self.eps, activation=activation)
+
+
+class StackedLayer(GradientCheckpointingLayer):
+    """E bidirectional transformer layers.
+
+    pre_norm: normalise before each half (Whisper, stable layer norm) or after it (HuBERT-base). key_bias: False where
+    the keys have no bias (Whisper); that part of `qkv.bias` stays zero and receives no gradient.
+    """
+
+    def __init__(
+        self, encoders: int, width: int, heads: int, hidden: int, *, pre_norm: bool, key_bias: bool, eps: float = 1e-5
+    ):
+        super().__init__()
+        self.heads, self.pre_norm, self.key_bias = heads, pre_norm, key_bias
+        self.attention_norm = StackedNorm(encoders, width, eps)
+        self.qkv = StackedLinear(encoders, width, 3 * width)
+        self.out = StackedLinear(encoders, width, width)
+        self.mlp_norm = StackedNorm(encoders, width, eps)
+        self.fc1 = StackedLinear(encoders, width, hidden)
+        self.fc2 = StackedLinear(encoders, hidden, width)
+
+    def forward(self, x: Tensor, rows: Level) -> Tensor:
+        """[R, D] -> [R, D], each sequence attending to itself alone."""
+        h = self.attention_norm(x, rows) if self.pre_norm else x
+        qkv = grouped_linear(h, self.qkv.weight, self._qkv_bias(), rows.group_offsets)
+        heads = qkv.view(x.shape[0], 3, self.heads, -1)
+        attended = varlen_attention(heads, rows.cu_seqlens, rows.max_seqlen).flatten(1)
+        x = self.out(attended, rows, residual=x)
+        if self.pre_norm:
+            return self._mlp(x, rows, self.mlp_norm)
+        x = self.attention_norm(x, rows)
+        return self.mlp_norm(self._mlp(x, rows, None), rows)
+
+    def _mlp(self, x: Tensor, rows: Level, norm: StackedNorm | None) -> Tensor:
+        norms = (norm.weight, norm.bias) if norm is not None else (None, None)
+        fc1, fc2 = self.fc1, self.fc2
+        return grouped_mlp(
+            x, *norms, fc1.weight, fc1.bias, fc2.weight, fc2.bias, rows.group_offsets, eps=self.mlp_norm.eps
+        )
+
+    def _qkv_bias(self) -> Tensor:
+        bias = self.qkv.bias
+        if self.key_bias or not (bias.requires_grad and torch.is_grad_enabled()):
+            return bias
+        query, key, value = bias.chunk(3, dim=1)
+        return torch.cat((query, key.detach(), value), dim=1)

@@ -1,0 +1,120 @@
+"""Whisper encoders of any size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import WhisperConfig
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from mowe.errors import AudioError, ConfigError
+from mowe.families.base import ClipFeatures, Context, EncoderFamily
+from mowe.families.convert import Entry, affine, conv, qkv
+from mowe.families.stacked import StackedConv, StackedLayer, StackedNorm
+from mowe.features import HOP
+from mowe_kernels import FamilyPlan, FrameClock, grouped_conv1d
+
+
+class WhisperFamily(EncoderFamily):
+    """Whisper encoders: log-mel frames at 100 Hz, two convolutions, learned or sinusoidal positions, pre-norm layers.
+
+    Levels: log-mel frames, then frames at 50 Hz. Frame t is centred on sample 320 t.
+    """
+
+    encoder_class = WhisperEncoder
+    num_levels = 2
+
+    def __init__(self, configs: list[WhisperConfig], do_normalize: bool = False):
+        super().__init__(configs)
+        config, encoders = configs[0], len(configs)
+        self.hidden_size = width = config.d_model
+        self.num_mel_bins = config.num_mel_bins
+        self.max_frames = config.max_source_positions
+        self.conv1 = StackedConv(encoders, config.num_mel_bins, width, taps=3)
+        self.conv2 = StackedConv(encoders, width, width, taps=3)
+        self.embed_positions = nn.Parameter(
+            torch.zeros(encoders, config.max_source_positions, width), requires_grad=False
+        )
+        self.layers = nn.ModuleList(
+            StackedLayer(
+                encoders, width, config.encoder_attention_heads, config.encoder_ffn_dim, pre_norm=True, key_bias=False
+            )
+            for _ in range(config.encoder_layers)
+        )
+        self.layer_norm = StackedNorm(encoders, width)
+
+    @classmethod
+    def signature(cls, config: WhisperConfig, do_normalize: bool) -> tuple[Any, ...]:
+        if config.activation_function != "gelu":
+            raise ConfigError(
+                f"Whisper encoder: activation_function must be 'gelu', got {config.activation_function!r}"
+            )
+        if do_normalize:
+            raise ConfigError("Whisper encoder: do_normalize is not supported, its log-mel features are normalised")
+        names = ("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim")
+        return tuple(getattr(config, n) for n in (*names, "num_mel_bins", "max_source_positions"))
+
+    @classmethod
+    def frame_clock(cls, config: WhisperConfig) -> FrameClock:
+        return FrameClock(hop=2 * HOP, offset=0)
+
+    def level_lengths(self, samples: int, context: Context) -> list[int]:
+        frames = 2 * self.max_frames if context == "window" else samples // HOP
+        if frames > 2 * self.max_frames:
+            most = 2 * self.max_frames * HOP
+            raise AudioError(f"a Whisper encoder takes at most {most} samples, got {samples}; cut longer audio first")
+        return [frames, (frames + 1) // 2]
+
+    def inputs(self, features: ClipFeatures) -> tuple[Tensor, Tensor]:
+        return features.log_mel(self.num_mel_bins)
+
+    def encode(self, x: Tensor, starts: Tensor, plan: FamilyPlan) -> Tensor:
+        frames, rows = plan.levels
+        lengths = frames.lengths
+        h = grouped_conv1d(
+            x,
+            self.conv1.weight,
+            self.conv1.bias,
+            starts=starts,
+            lengths=lengths,
+            encoder=plan.encoder,
+            cu_seqlens=frames.cu_seqlens,
+            num_rows=frames.num_rows,
+            padding=1,
+            activation="gelu",
+        )
+        h = grouped_conv1d(
+            h,
+            self.conv2.weight,
+            self.conv2.bias,
+            starts=frames.starts,
+            lengths=lengths,
+            encoder=plan.encoder,
+            cu_seqlens=rows.cu_seqlens,
+            num_rows=rows.num_rows,
+            stride=2,
+            padding=1,
+            activation="gelu",
+            positions=self.embed_positions,
+        )
+        for layer in self.layers:
+            h = layer(h, rows)
+        return self.layer_norm(h, rows)
+
+    def entries(self) -> list[Entry]:
+        entries = [Entry("embed_positions", ("embed_positions.weight",)), *affine("layer_norm", "layer_norm")]
+        for name in ("conv1", "conv2"):
+            entries += [conv(f"{name}.weight", f"{name}.weight"), Entry(f"{name}.bias", (f"{name}.bias",))]
+        for i in range(len(self.layers)):
+            layer = f"layers.{i}"
+            entries += [
+                *affine(f"{layer}.attention_norm", f"{layer}.self_attn_layer_norm"),
+                *qkv(f"{layer}.qkv", f"{layer}.self_attn", key_bias=False),
+                *affine(f"{layer}.out", f"{layer}.self_attn.out_proj"),
+                *affine(f"{layer}.mlp_norm", f"{layer}.final_layer_norm"),
+                *affine(f"{layer}.fc1", f"{layer}.fc1"),
+                *affine(f"{layer}.fc2", f"{layer}.fc2"),
+            ]
+        return entries

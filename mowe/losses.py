@@ -1,0 +1,70 @@
+"""The terms of L_MoWE.
+
+The paper adds 0.1 * L_MoWE to the next-token loss, which "encourages selective encoder usage"; its terms are not
+given. Each term here is our choice; the preset `paper` (configuration_mowe.PAPER_ROUTER_LOSSES) is
+0.1 * (H(DI) + mean H(DD) - H(mean DD)): every router sharp, the batch as a whole spread over the pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RouterLogits:
+    """What the routers said for a batch: `dependent` [B, E] and `independent` [E], None for a router without slots."""
+
+    dependent: Tensor | None
+    independent: Tensor | None
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy in nats of the softmax over the last dimension."""
+    return torch.special.entr(logits.softmax(-1, dtype=torch.float32)).sum(-1)
+
+
+def _diversity(logits: Tensor) -> Tensor:
+    """Minus the entropy of the batch's mean choice; smallest when the clips spread over all encoders."""
+    return -torch.special.entr(logits.softmax(-1, dtype=torch.float32).mean(0)).sum()
+
+
+def _load_balance(logits: Tensor) -> Tensor:
+    """Switch Transformer (2101.03961, eq. 4): E * sum over e of (share of clips that rank e first) * (mean p_e)."""
+    probabilities = logits.softmax(-1, dtype=torch.float32)
+    first = torch.nn.functional.one_hot(probabilities.argmax(-1), logits.shape[-1]).float().mean(0)
+    return logits.shape[-1] * (first * probabilities.mean(0)).sum()
+
+
+def _z_loss(logits: Tensor) -> Tensor:
+    """ST-MoE (2202.08906, eq. 5): mean squared log-partition, which keeps the logits small."""
+    return logits.float().logsumexp(-1).square().mean()
+
+
+_DEPENDENT: dict[str, Callable[[Tensor], Tensor]] = {
+    "dependent_entropy": lambda logits: entropy(logits).mean(),
+    "diversity": _diversity,
+    "load_balance": _load_balance,
+    "z_loss": _z_loss,
+}
+
+
+def router_loss_terms(logits: RouterLogits, names: Mapping[str, float]) -> dict[str, Tensor]:
+    """The named terms, before their coefficients. Terms of a router that has no slots are left out."""
+    terms = {}
+    for name in names:
+        if name == "independent_entropy":
+            if logits.independent is not None:
+                terms[name] = entropy(logits.independent)
+        elif logits.dependent is not None:
+            terms[name] = _DEPENDENT[name](logits.dependent)
+    return terms
+
+
+def router_loss(logits: RouterLogits, coefficients: Mapping[str, float]) -> Tensor | None:
+    """Sum of coefficient * term, a float32 scalar; None where no term applies."""
+    terms = router_loss_terms(logits, coefficients)
+    return sum(coefficients[name] * term for name, term in terms.items()) if terms else None

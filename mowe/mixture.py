@@ -1,0 +1,108 @@
+"""Router, pool and projector as one module: base features and waveforms in, language-model embeddings out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mowe.audio import AudioBatch
+from mowe.configuration_mowe import MoweConfig
+from mowe.errors import AudioError, ConfigError
+from mowe.families import ClipFeatures, family_class
+from mowe.losses import router_loss
+from mowe.pool import EncoderPool
+from mowe.projector import BaseFeatures, MoweProjector
+from mowe.router import MoweRouter
+from mowe_kernels import FrameClock, PackPlan, sequence_mean
+from mowe_kernels.plan import device_lengths
+
+
+@dataclass(frozen=True)
+class MixtureOutput:
+    """Embeddings for the language model, packed.
+
+    tokens: [R, H], clip after clip. lengths: tokens of each clip, host integers. weights: float32 [B, k] and
+    indices: int64 [B, k], what the routers chose. router_logits: [B, E], None without a data-dependent slot.
+    independent_logits: [E], None without a data-independent slot. aux_loss: the weighted sum of the router losses, a
+    float32 scalar, None without any. plan: how the pairs lay in memory.
+    """
+
+    tokens: Tensor
+    lengths: tuple[int, ...]
+    weights: Tensor
+    indices: Tensor
+    router_logits: Tensor | None
+    independent_logits: Tensor | None
+    aux_loss: Tensor | None
+    plan: PackPlan
+
+    def clip(self, index: int) -> Tensor:
+        """[T, H]: the tokens of one clip."""
+        return self.tokens.split(self.lengths)[index]
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """[B, max T, H] with zeros after each clip's tokens, and the mask bool [B, max T] of those that are real."""
+        tokens = nn.utils.rnn.pad_sequence(self.tokens.split(self.lengths), batch_first=True)
+        lengths = device_lengths([self.lengths], tokens.device)[0]
+        return tokens, torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+
+
+class MixtureOfWeakEncoders(nn.Module):
+    """Drop-in for the projector of an AudioLLM: adds a routed mixture of weak encoders to its base features.
+
+    config: routers and projector; its audio_config gives the base width and frame rate, its text_config the width of
+    the language model. pool: the weak encoders.
+    """
+
+    def __init__(self, config: MoweConfig, pool: EncoderPool):
+        super().__init__()
+        slots = max(config.num_independent_slots, config.num_dependent_slots)
+        if slots > pool.num_encoders:
+            raise ConfigError(f"{slots} slots for one router but the pool has {pool.num_encoders} encoders")
+        base_width = config.audio_config.hidden_size
+        self.config = config
+        self.base_clock: FrameClock = family_class(config.audio_config.model_type).frame_clock(config.audio_config)
+        self.pool = pool
+        self.router = MoweRouter(config, base_width, pool.num_encoders)
+        self.projector = MoweProjector(config, base_width, pool.widths, config.text_config.hidden_size)
+
+    def forward(
+        self, base: Tensor, waveforms: Sequence[Tensor], base_lengths: Sequence[int] | None = None
+    ) -> MixtureOutput:
+        """base: [B, T, D], the base encoder's features. waveforms: the B clips, 1-D float tensors at 16 kHz.
+
+        base_lengths: frames of each clip that are not padding, host integers; all T by default.
+        Raises AudioError where base features and waveforms do not go together.
+        """
+        width = self.config.audio_config.hidden_size
+        if base.dim() != 3 or base.shape[2] != width or base.shape[0] != len(waveforms):
+            raise AudioError(f"base must be [{len(waveforms)}, T, {width}], one entry a clip, got {list(base.shape)}")
+        batch, frames, _ = base.shape
+        lengths = tuple(base_lengths) if base_lengths is not None else (frames,) * batch
+        if len(lengths) != batch or not all(0 < length <= frames for length in lengths):
+            raise AudioError(f"base_lengths must be {batch} numbers in 1..{frames}, got {list(lengths)}")
+        starts = torch.arange(batch, device=base.device, dtype=torch.int32) * frames
+        features = ClipFeatures(AudioBatch.from_waveforms(waveforms, base.device), self.pool.config.context)
+        return self.mix(BaseFeatures(base.flatten(0, 1), starts, lengths, self.base_clock), features)
+
+    def mix(self, base: BaseFeatures, features: ClipFeatures) -> MixtureOutput:
+        """The mixture over packed base features and the clips they come from."""
+        device = base.rows.device
+        summary = sequence_mean(base.rows, base.starts, device_lengths([base.lengths], device)[0])
+        routing = self.router(summary, self.pool.lengths(features), self.pool.layout(device))
+        weak = self.pool(features, routing.plan)
+        clocks = [family.clock for family in self.pool.families]
+        tokens, _, lengths = self.projector(base, weak, routing.weights, clocks)
+        return MixtureOutput(
+            tokens,
+            lengths,
+            routing.weights,
+            routing.indices,
+            routing.logits.dependent,
+            routing.logits.independent,
+            router_loss(routing.logits, self.config.router_losses),
+            routing.plan,
+        )

@@ -1,0 +1,191 @@
+"""A pool of weak encoders of any mix of families, run together in one packed pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mowe.audio import AudioBatch
+from mowe.checkpoint import load_pretrained_encoder
+from mowe.configuration_mowe import MowePoolConfig
+from mowe.errors import ConfigError
+from mowe.families import ClipFeatures, Context, EncoderFamily, family_class, find_encoder
+from mowe_kernels import PackLayout, PackPlan
+
+
+@dataclass(frozen=True)
+class PoolOutput:
+    """Features of every (clip, slot) of a batch.
+
+    rows: per family, packed frames [R, D]. plan: where each pair's frames lie.
+    """
+
+    rows: tuple[Tensor, ...]
+    plan: PackPlan
+
+    def pair(self, clip: int, slot: int) -> Tensor:
+        """[T, D]: what the slot's encoder gives for the clip alone. Waits for the device.
+
+        Raises IndexError for a clip or a slot outside the batch, ConfigError for an unused slot.
+        """
+        batch, slots = self.plan.position.shape
+        if not (0 <= clip < batch and 0 <= slot < slots):
+            raise IndexError(f"no clip {clip}, slot {slot} in a batch of {batch} clips with {slots} slots")
+        position = int(self.plan.position[clip, slot])
+        for family, rows in enumerate(self.rows):
+            start, stop = self.plan.family(family).rows.cu_seqlens[position : position + 2].tolist()
+            if start < stop:
+                return rows[start:stop]
+        raise ConfigError(f"slot {slot} of clip {clip} is unused")
+
+
+class EncoderPool(nn.Module):
+    """E weak encoders, numbered as given; encoders of one architecture and size are stacked and run together.
+
+    Raises ConfigError for an empty pool and for encoders that no family can run.
+    """
+
+    def __init__(self, config: MowePoolConfig):
+        super().__init__()
+        if not config.encoders:
+            raise ConfigError("a pool needs at least one encoder, got none")
+        self.config = config
+        members: dict[tuple[Any, ...], list[int]] = {}
+        configs = config.encoder_configs()
+        normalize = [bool(encoder.get("do_normalize", False)) for encoder in config.encoders]
+        for index, encoder in enumerate(configs):
+            signature = family_class(encoder.model_type).signature(encoder, normalize[index])
+            members.setdefault((encoder.model_type, *signature), []).append(index)
+        self.families: nn.ModuleList[EncoderFamily] = nn.ModuleList(
+            family_class(key[0])([configs[i] for i in indices], normalize[indices[0]])
+            for key, indices in members.items()
+        )
+        self.members = tuple(map(tuple, members.values()))
+        self._layouts: dict[torch.device, PackLayout] = {}
+
+    @classmethod
+    def from_encoders(
+        cls,
+        encoders: Sequence[nn.Module],
+        feature_extractors: Sequence[Any] | None = None,
+        context: Context = "window",
+    ) -> EncoderPool:
+        """A pool with the weights of transformers modules, each of which is or holds one supported encoder.
+
+        feature_extractors: what prepares each encoder's input (only `do_normalize` of a wave encoder matters). Without
+        them a wave encoder gets the waveform as it is. context: used where `encode` and the mixture are not told.
+        """
+        found = [find_encoder(module) for module in encoders]
+        extractors = list(feature_extractors) if feature_extractors is not None else [None] * len(found)
+        if len(extractors) != len(found):
+            raise ConfigError(f"{len(found)} encoders but {len(extractors)} feature extractors")
+        entries = [
+            {"config": encoder.config.to_dict(), "do_normalize": _normalizes(encoder, extractor)}
+            for encoder, extractor in zip(found, extractors, strict=True)
+        ]
+        pool = cls(MowePoolConfig(encoders=entries, context=context))
+        for index, encoder in enumerate(found):
+            family, place = pool._place(index)
+            family.load_encoder(place, encoder)
+        first = next(found[0].parameters())
+        return pool.to(first.device, first.dtype).eval()
+
+    @classmethod
+    def from_pretrained(cls, sources: Sequence[str | PathLike[str]], context: Context = "window") -> EncoderPool:
+        """A pool from checkpoint folders or hub ids; each one's preprocessor_config.json decides the normalisation.
+
+        Raises CheckpointError for a checkpoint that cannot be read or lacks parameters.
+        """
+        loaded = [load_pretrained_encoder(source) for source in sources]
+        return cls.from_encoders([e for e, _ in loaded], [x for _, x in loaded], context)
+
+    @property
+    def num_encoders(self) -> int:
+        return len(self.config.encoders)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Width of each family's features."""
+        return tuple(family.hidden_size for family in self.families)
+
+    def layout(self, device: torch.device) -> PackLayout:
+        """The fixed part of every plan of this pool."""
+        if device not in self._layouts:
+            family_of = {index: f for f, indices in enumerate(self.members) for index in indices}
+            families = [family_of[index] for index in range(self.num_encoders)]
+            self._layouts[device] = PackLayout.build(families, [f.num_levels for f in self.families], device)
+        return self._layouts[device]
+
+    def lengths(self, features: ClipFeatures) -> list[list[int]]:
+        """[L][B]: frames of each clip at each level of each family."""
+        levels = []
+        for family in self.families:
+            by_clip = [family.level_lengths(samples, features.context) for samples in features.audio.lengths]
+            levels += [list(level) for level in zip(*by_clip, strict=True)]
+        return levels
+
+    def forward(self, features: ClipFeatures, plan: PackPlan) -> PoolOutput:
+        """Run every pair of the plan."""
+        return PoolOutput(tuple(family(features, plan.family(i)) for i, family in enumerate(self.families)), plan)
+
+    def encode(
+        self, waveforms: Sequence[Tensor], indices: Tensor | Sequence[Sequence[int]], context: Context | None = None
+    ) -> PoolOutput:
+        """Features of chosen encoders for each clip.
+
+        waveforms: B 1-D float tensors at 16 kHz. indices: integer [B, k], encoder of each slot, -1 for none.
+        context: "valid" or "window", the pool's own by default.
+        Raises AudioError for waveforms that cannot be encoded, ConfigError for indices that do not fit.
+        """
+        device = next(self.parameters()).device
+        features = ClipFeatures(AudioBatch.from_waveforms(waveforms, device), context or self.config.context)
+        indices = self._check_indices(indices, len(waveforms))
+        plan = PackPlan.build(indices.to(device), self.lengths(features), self.layout(device))
+        return self(features, plan)
+
+    def to_transformers(self, index: int) -> PreTrainedModel:
+        """Encoder `index` given back as a transformers module."""
+        family, place = self._place(index)
+        return family.to_transformers(place)
+
+    def _place(self, index: int) -> tuple[EncoderFamily, int]:
+        """Family of an encoder and its place there."""
+        for family, indices in zip(self.families, self.members, strict=True):
+            if index in indices:
+                return family, indices.index(index)
+        raise ConfigError(f"no encoder {index} in a pool of {self.num_encoders}")
+
+    def _check_indices(self, indices: Tensor | Sequence[Sequence[int]], batch: int) -> Tensor:
+        try:
+            indices = torch.as_tensor(indices)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"indices must be integers [clips, slots]: {error}") from None
+        if indices.dim() != 2 or indices.shape[0] != batch or indices.dtype.is_floating_point:
+            raise ConfigError(
+                f"indices must be integers [{batch} clips, slots], got {indices.dtype} {list(indices.shape)}"
+            )
+        if indices.device.type == "cpu" and indices.numel():
+            low, high = int(indices.min()), int(indices.max())
+            if low < -1 or high >= self.num_encoders:
+                raise ConfigError(f"indices must lie in -1..{self.num_encoders - 1}, got {low}..{high}")
+        return indices
+
+
+def _normalizes(encoder: PreTrainedModel, extractor: Any) -> bool:
+    """Whether the extractor gives its encoder waves of unit variance. Raises ConfigError where the two clash."""
+    bins = getattr(encoder.config, "num_mel_bins", None)
+    if extractor is None:
+        return False
+    if bins is not None:
+        if getattr(extractor, "feature_size", bins) != bins:
+            raise ConfigError(
+                f"the encoder takes {bins} mel bins, its feature extractor gives {extractor.feature_size}"
+            )
+        return False
+    return bool(getattr(extractor, "do_normalize", False))

@@ -1,0 +1,33 @@
+"""Kernels of a mixture of encoders: tensors in, tensors out."""
+
+from mowe_kernels.backend import use_backend
+from mowe_kernels.ops.grouped_conv1d import grouped_conv1d
+from mowe_kernels.ops.grouped_layer_norm import grouped_layer_norm
+from mowe_kernels.ops.grouped_linear import grouped_linear
+from mowe_kernels.ops.grouped_mlp import grouped_mlp
+from mowe_kernels.ops.mixture_project import FrameClock, mixture_project
+from mowe_kernels.ops.pack_plan import pack_plan
+from mowe_kernels.ops.route_topk import route_topk
+from mowe_kernels.ops.sequence_mean import sequence_mean
+from mowe_kernels.ops.sequence_norm import sequence_norm
+from mowe_kernels.ops.varlen_attention import varlen_attention
+from mowe_kernels.plan import FamilyPlan, Level, PackLayout, PackPlan
+
+__all__ = [
+    "FamilyPlan",
+    "FrameClock",
+    "Level",
+    "PackLayout",
+    "PackPlan",
+    "grouped_conv1d",
+    "grouped_layer_norm",
+    "grouped_linear",
+    "grouped_mlp",
+    "mixture_project",
+    "pack_plan",
+    "route_topk",
+    "sequence_mean",
+    "sequence_norm",
+    "use_backend",
+    "varlen_attention",
+]

@@ -1,0 +1,1 @@
+"""The ops: schema, shape checks, fake, autograd; computed by a backend."""

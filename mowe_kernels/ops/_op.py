@@ -1,0 +1,112 @@
+"""How an op is made: one registration for torch.compile, one direct path for eager code, the same formulas in both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mowe_kernels.backend import implementation
+
+
+def _devices(args: tuple[Any, ...]) -> torch.device:
+    return next(a.device for a in args if isinstance(a, torch.Tensor))
+
+
+class Op:
+    """A function `mowe::<name>`, computed by `<backend>.<module>.<function>` of the backend in force.
+
+    schema: the torch.library schema without the name. fake: the shapes of the results for given arguments.
+    Calling it goes straight to the backend; under torch.compile it goes through `torch.ops.mowe`, so that the
+    graph holds one opaque node. So does a call that autograd follows: torch.library then refuses its derivative.
+    """
+
+    def __init__(self, name: str, schema: str, fake: Callable[..., Any], *, module: str, function: str):
+        self.name = name
+
+        def compute(*args: Any) -> Any:
+            return getattr(implementation(module, _devices(args)), function)(*args)
+
+        self._compute = compute
+        self.op = torch.library.custom_op(f"mowe::{name}", compute, mutates_args=(), schema=schema)
+        self.op.register_fake(fake)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.op(*args) if traced(*args) or needs_grad(*args) else self._compute(*args)
+
+
+class DifferentiableOp(Op):
+    """An op with a gradient.
+
+    setup_context and backward are those of torch.autograd.Function; backward calls another `Op`, so that
+    it too is one node of a compiled graph. Ops that take lists of tensors always go through torch.library,
+    which alone can see into lists.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        fake: Callable[..., Any],
+        *,
+        setup_context: Callable[..., None],
+        backward: Callable[..., Any],
+    ):
+        super().__init__(name, schema, fake, module=name, function="forward")
+        self.op.register_autograd(backward, setup_context=setup_context)
+        self._takes_lists = "Tensor[]" in schema
+        self._function = type(
+            name,
+            (torch.autograd.Function,),
+            {
+                "forward": staticmethod(self._compute),
+                "setup_context": staticmethod(setup_context),
+                "backward": staticmethod(backward),
+            },
+        )
+
+    def __call__(self, *args: Any) -> Any:
+        if self._takes_lists or traced(*args):
+            return self.op(*args)
+        if needs_grad(*args):
+            return self._function.apply(*args)
+        return self._compute(*args)
+
+
+def traced(*args: Any) -> bool:
+    """Whether torch.compile or a tensor subclass (fake, functional) must see the op as one node."""
+    return torch.compiler.is_compiling() or any(
+        isinstance(a, torch.Tensor) and type(a) not in (torch.Tensor, torch.nn.Parameter) for a in args
+    )
+
+
+def needs_grad(*args: Any) -> bool:
+    """Whether autograd will ask for a gradient through any of these arguments."""
+    return torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
+
+
+def check(condition: bool, op: str, message: str) -> None:
+    """Raise ValueError `<op>: <message>` unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{op}: {message}")
+
+
+def check_shape(op: str, name: str, tensor: torch.Tensor, expected: tuple[int | None, ...], meaning: str) -> None:
+    """Raise ValueError unless the tensor has the expected sizes (None: any), saying what was got."""
+    fits = tensor.dim() == len(expected) and all(
+        e is None or s == e for s, e in zip(tensor.shape, expected, strict=True)
+    )
+    if not fits:
+        sizes = ", ".join("any" if e is None else str(e) for e in expected)
+        raise ValueError(f"{op}: {name} must be {meaning} with sizes [{sizes}], got {list(tensor.shape)}")
+
+
+def empty(like: torch.Tensor) -> torch.Tensor:
+    """What an op returns in place of a result nobody asked for."""
+    return like.new_empty(0)
+
+
+def optional(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The gradient a backward op returned, None where it was not asked for."""
+    return None if tensor is None or tensor.shape == (0,) else tensor

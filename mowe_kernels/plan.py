@@ -1,0 +1,161 @@
+"""How a routed batch lies in memory.
+
+Every (clip, slot) of a batch is a pair. Pairs are sorted by encoder, so that the frames ("rows") of one encoder are
+contiguous. P = B * k is fixed by the shapes; a pair that does not exist (its encoder belongs to another family, its
+slot repeats an encoder the clip already has, its slot is unused) has length zero. Shapes never depend on the routing.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mowe_kernels.ops.pack_plan import pack_plan
+
+
+@dataclass(frozen=True)
+class PackLayout:
+    """The fixed part of a plan: families one after the other, each with its levels of frame rates.
+
+    An encoder family turns a clip into frames in stages (samples or spectrogram frames, then the output of each
+    convolution); every stage is a level, the last of a family is the one its layers run on.
+
+    rank: int32 [E], place of each encoder of the pool in family-major order.
+    level_bounds: int32 [L, 2], first and one-past-last rank of the family each level belongs to.
+    num_encoders, num_levels: per family, host integers.
+    """
+
+    rank: Tensor
+    level_bounds: Tensor
+    num_encoders: tuple[int, ...]
+    num_levels: tuple[int, ...]
+
+    @staticmethod
+    def build(family_of_encoder: Sequence[int], num_levels: Sequence[int], device: torch.device | None = None):
+        """Layout of a pool whose encoder e belongs to family `family_of_encoder[e]`."""
+        by_family = sorted(range(len(family_of_encoder)), key=lambda e: (family_of_encoder[e], e))
+        rank = [0] * len(by_family)
+        for place, encoder in enumerate(by_family):
+            rank[encoder] = place
+        sizes = [list(family_of_encoder).count(f) for f in range(len(num_levels))]
+        bounds = [(sum(sizes[:f]), sum(sizes[: f + 1])) for f, n in enumerate(num_levels) for _ in range(n)]
+        as_int32 = {"dtype": torch.int32, "device": device}
+        return PackLayout(
+            torch.tensor(rank, **as_int32), torch.tensor(bounds, **as_int32), tuple(sizes), tuple(num_levels)
+        )
+
+
+@dataclass(frozen=True)
+class Level:
+    """Where every sequence lies at one frame rate of one family.
+
+    cu_seqlens: int32 [P+1], first row of each pair. group_offsets: int32 [E+1], first row of each encoder.
+    num_rows: host upper bound of cu_seqlens[-1] (exact on the CPU). max_seqlen: host upper bound of the lengths.
+    """
+
+    cu_seqlens: Tensor
+    group_offsets: Tensor
+    num_rows: int
+    max_seqlen: int
+
+    @property
+    def starts(self) -> Tensor:
+        return self.cu_seqlens[:-1]
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.cu_seqlens.diff()
+
+    def narrow(self, first: int, last: int) -> Level:
+        """The level with the pairs first..last alone. Host reads: for the CPU path."""
+        start, stop = int(self.cu_seqlens[first]), int(self.cu_seqlens[last])
+        return Level(
+            self.cu_seqlens[first : last + 1] - start,
+            self.group_offsets.clamp(start, stop) - start,
+            stop - start,
+            self.max_seqlen,
+        )
+
+
+@dataclass(frozen=True)
+class FamilyPlan:
+    """The plan as one family sees it.
+
+    clip: int32 [P], clip of each sorted pair. encoder: int32 [P], encoder within the family; meaningless where the
+    pair has no rows. levels: from the family's input to the rows its layers run on.
+    """
+
+    clip: Tensor
+    encoder: Tensor
+    levels: tuple[Level, ...]
+
+    @property
+    def rows(self) -> Level:
+        return self.levels[-1]
+
+    def by_encoder(self) -> Iterator[FamilyPlan]:
+        """One plan an encoder in use, in order. Host reads: for the CPU path."""
+        encoders = self.encoder.tolist()
+        for group in range(self.rows.group_offsets.numel() - 1):
+            first, last = bisect_left(encoders, group), bisect_right(encoders, group)
+            if first < last:
+                levels = tuple(level.narrow(first, last) for level in self.levels)
+                yield FamilyPlan(self.clip[first:last], self.encoder[first:last], levels)
+
+
+@dataclass(frozen=True)
+class PackPlan:
+    """A routed batch: B clips, k slots each, P = B * k pairs sorted by encoder (stable), L levels.
+
+    order: int32 [P], flat (clip * k + slot) of each sorted pair; pairs without rows come last.
+    position: int32 [B, k], the sorted pair that serves each slot (slots that repeat an encoder share one).
+    encoder: int32 [P], rank of each sorted pair's encoder, E where the pair does not exist.
+    cu_seqlens: int32 [L, P+1]. group_offsets: int32 [L, E+1].
+    lengths: host integers, per level the frames of each clip.
+    """
+
+    order: Tensor
+    position: Tensor
+    encoder: Tensor
+    cu_seqlens: Tensor
+    group_offsets: Tensor
+    lengths: tuple[tuple[int, ...], ...]
+    layout: PackLayout
+
+    @staticmethod
+    def build(indices: Tensor, lengths: Sequence[Sequence[int]], layout: PackLayout) -> PackPlan:
+        """Plan for given choices.
+
+        indices: integer [B, k], encoder of each slot in pool numbering, -1 for an unused slot.
+        lengths: [L][B] host integers, frames of each clip at each level.
+        """
+        tensors = pack_plan(indices, device_lengths(lengths, indices.device), layout.rank, layout.level_bounds)
+        return PackPlan(*tensors, tuple(map(tuple, lengths)), layout)
+
+    def family(self, index: int) -> FamilyPlan:
+        """The part of the plan that family `index` of the layout executes."""
+        layout = self.layout
+        first = sum(layout.num_levels[:index])
+        low = sum(layout.num_encoders[:index])
+        high = low + layout.num_encoders[index]
+        slots = self.position.shape[1]
+        repeats = min(slots, high - low)  # one clip cannot occupy more pairs of a family than it has encoders
+        levels = []
+        for level in range(first, first + layout.num_levels[index]):
+            cu_seqlens = self.cu_seqlens[level]
+            bound = repeats * sum(self.lengths[level])
+            if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+                bound = int(cu_seqlens[-1])
+            offsets = self.group_offsets[level, low : high + 1]
+            levels.append(Level(cu_seqlens, offsets, bound, max(self.lengths[level])))
+        return FamilyPlan(self.order // slots, self.encoder - low, tuple(levels))
+
+
+def device_lengths(lengths: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Host lengths as int32 [L, B] on a device, without waiting for it."""
+    host = torch.tensor(lengths, dtype=torch.int32)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

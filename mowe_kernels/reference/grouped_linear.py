@@ -1,0 +1,87 @@
+"""Plain torch `grouped_linear`: one slice of rows a GEMM, the epilogue while the slice is in cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mowe_kernels.reference._rows import add_product, chunks, clear_tail, sums
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    group_offsets: Tensor,
+    residual: Tensor | None,
+    row_scale: Tensor | None,
+    activation: str,
+    save_pre: bool,
+) -> tuple[Tensor, Tensor]:
+    out = x.new_empty(x.shape[0], weight.shape[1])
+    pre = torch.empty_like(out) if save_pre else x.new_empty(0)
+    for e, rows in chunks(group_offsets):
+        y = (pre if save_pre else out)[rows]
+        linear_into(y, x[rows], weight[e], None if bias is None else bias[e])
+        activate_into(out[rows], y, activation)
+        if row_scale is not None:
+            out[rows].mul_(row_scale[rows, None])
+        if residual is not None:
+            out[rows].add_(residual[rows])
+    clear_tail(out, group_offsets)
+    return out, clear_tail(pre, group_offsets) if save_pre else pre
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    group_offsets: Tensor,
+    row_scale: Tensor | None,
+    pre: Tensor,
+    activation: str,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_x = x.new_empty(x.shape if need_x else 0)
+    grad_weight = sums(weight, need_weight)
+    grad_bias = sums(weight[..., 0], need_bias)
+    grad_scale = row_scale.new_empty(row_scale.shape) if need_scale else x.new_empty(0)
+    for e, rows in chunks(group_offsets):
+        g = grad[rows]
+        if need_scale:
+            value = torch.empty_like(pre[rows])
+            activate_into(value, pre[rows], activation)
+            grad_scale[rows] = (g * value).sum(-1)
+        if row_scale is not None:
+            g = (g * row_scale[rows, None]).to(g.dtype)
+        if activation == "gelu":
+            g = torch.ops.aten.gelu_backward(g, pre[rows])
+        if need_x:
+            torch.mm(g, weight[e], out=grad_x[rows])
+        if need_weight:
+            add_product(grad_weight[e], g.T, x[rows])
+        if need_bias:
+            grad_bias[e] += g.sum(0, dtype=grad_bias.dtype)
+    for rows_grad, needed in ((grad_x, need_x), (grad_scale, need_scale)):
+        if needed:
+            clear_tail(rows_grad, group_offsets)
+    return grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), grad_scale
+
+
+def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """out = x @ weight.T + bias."""
+    if bias is None:
+        torch.mm(x, weight.T, out=out)
+    else:
+        torch.addmm(bias, x, weight.T, out=out)
+
+
+def activate_into(out: Tensor, x: Tensor, activation: str) -> None:
+    """out = activation(x); out may be x itself."""
+    if activation == "gelu":
+        torch.ops.aten.gelu.out(x, out=out)
+    elif out.data_ptr() != x.data_ptr():
+        out.copy_(x)

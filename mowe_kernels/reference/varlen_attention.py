@@ -1,0 +1,67 @@
+"""Plain torch `varlen_attention`: one sequence at a time, no padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mowe_kernels.dtypes import accumulation_dtype
+from mowe_kernels.reference._rows import clear_tail, groups
+
+# Elements of a block of scores [heads, T, T] held at a time where the scores are materialised.
+_SCORES = 1 << 22
+
+
+def forward(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, save_lse: bool) -> tuple[Tensor, Tensor]:
+    rows, _, heads, head_dim = qkv.shape
+    out = qkv.new_empty(rows, heads, head_dim)
+    if not save_lse:
+        for _, seq in groups(cu_seqlens):
+            q, k, v = (qkv[seq, i].transpose(0, 1)[None] for i in range(3))  # [1, H, T, Dh]
+            attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+            out[seq] = attended[0].transpose(0, 1)
+        return clear_tail(out, cu_seqlens), qkv.new_empty(0)
+    lse = qkv.new_zeros(heads, rows, dtype=accumulation_dtype(qkv.dtype))
+    for seq, block in _blocks(cu_seqlens, heads):
+        q, k, v = _heads(qkv[seq, :, block])
+        scores = _scores(q, k, scale)
+        lse[block, seq] = scores.logsumexp(-1)
+        probabilities = scores.sub_(lse[block, seq, None]).exp_()
+        out[seq, block] = (probabilities.to(v.dtype) @ v).transpose(0, 1)
+    return clear_tail(out, cu_seqlens), lse
+
+
+def backward(
+    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
+) -> Tensor:
+    grad_qkv = qkv.new_empty(qkv.shape)
+    for seq, block in _blocks(cu_seqlens, qkv.shape[2]):
+        q, k, v = _heads(qkv[seq, :, block])
+        g = grad[seq, block].transpose(0, 1)  # [H, T, Dh]
+        probabilities = _scores(q, k, scale).sub_(lse[block, seq, None]).exp_()
+        through = (grad[seq, block] * out[seq, block]).sum(-1, dtype=lse.dtype).T[..., None]  # [H, T, 1]
+        grad_scores = (g @ v.transpose(1, 2)).to(lse.dtype).sub_(through).mul_(probabilities).mul_(scale).to(q.dtype)
+        for i, part in enumerate(
+            (grad_scores @ k, grad_scores.transpose(1, 2) @ q, probabilities.to(g.dtype).transpose(1, 2) @ g)
+        ):
+            grad_qkv[seq, i, block] = part.transpose(0, 1)
+    return clear_tail(grad_qkv, cu_seqlens)
+
+
+def _blocks(cu_seqlens: Tensor, heads: int) -> Iterator[tuple[slice, slice]]:
+    """(sequence, some of its heads), so many that their scores stay small."""
+    for _, seq in groups(cu_seqlens):
+        size = max(1, _SCORES // (seq.stop - seq.start) ** 2)
+        for head in range(0, heads, size):
+            yield seq, slice(head, min(head + size, heads))
+
+
+def _heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[T, 3, H, Dh] -> three [H, T, Dh]."""
+    return qkv.permute(1, 2, 0, 3).unbind(0)
+
+
+def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    return (q @ k.transpose(1, 2)).to(accumulation_dtype(q.dtype)).mul_(scale)
