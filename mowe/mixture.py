@@ -67,7 +67,7 @@ class MixtureOfWeakEncoders(nn.Module):
         self.base_clock: FrameClock = family_class(config.audio_config.model_type).frame_clock(config.audio_config)
         self.pool = pool
         self.router = MoweRouter(config, base_width, pool.num_encoders)
-        self.projector = MoweProjector(config, base_width, pool.widths, config.text_config.hidden_size)
+        self.multi_modal_projector = MoweProjector(config, base_width, pool.widths, config.text_config.hidden_size)
 
     def forward(
         self, base: Tensor, waveforms: Sequence[Tensor], base_lengths: Sequence[int] | None = None
@@ -95,7 +95,7 @@ class MixtureOfWeakEncoders(nn.Module):
         routing = self.router(summary, self.pool.lengths(features), self.pool.layout(device))
         weak = self.pool(features, routing.plan)
         clocks = [family.clock for family in self.pool.families]
-        tokens, _, lengths = self.projector(base, weak, routing.weights, clocks)
+        tokens, _, lengths = self.multi_modal_projector(base, weak, routing.weights, clocks)
         return MixtureOutput(
             tokens,
             lengths,

@@ -86,7 +86,7 @@ class EncoderPool(nn.Module):
         if len(extractors) != len(found):
             raise ConfigError(f"{len(found)} encoders but {len(extractors)} feature extractors")
         entries = [
-            {"config": encoder.config.to_dict(), "do_normalize": _normalizes(encoder, extractor)}
+            {"config": encoder.config.to_dict(), "do_normalize": normalizes(encoder, extractor)}
             for encoder, extractor in zip(found, extractors, strict=True)
         ]
         pool = cls(MowePoolConfig(encoders=entries, context=context))
@@ -177,7 +177,7 @@ class EncoderPool(nn.Module):
         return indices
 
 
-def _normalizes(encoder: PreTrainedModel, extractor: Any) -> bool:
+def normalizes(encoder: PreTrainedModel, extractor: Any) -> bool:
     """Whether the extractor gives its encoder waves of unit variance. Raises ConfigError where the two clash."""
     bins = getattr(encoder.config, "num_mel_bins", None)
     if extractor is None:

@@ -40,6 +40,10 @@ class MoweRouter(nn.Module):
             self.independent_logits = nn.Parameter(torch.zeros(num_encoders))
         self.dependent = nn.Linear(base_width, num_encoders, bias=False) if config.num_dependent_slots else None
 
+    def reset_parameters(self) -> None:
+        if self.independent_logits is not None:
+            nn.init.zeros_(self.independent_logits)
+
     def forward(self, summary: Tensor, lengths: Sequence[Sequence[int]], layout: PackLayout) -> Routing:
         """summary: [B, D], mean base frame of each clip. lengths: [L][B], frames of each clip at each level."""
         dependent = None

@@ -69,6 +69,11 @@ class EncoderFamily(nn.Module):
         """When the frames of the encoder's output happen."""
         raise NotImplementedError
 
+    @classmethod
+    def stages(cls, config: PreTrainedConfig) -> list[tuple[int, int, int]]:
+        """(kernel, stride, total padding) of every strided step from the samples of a clip to its frames."""
+        raise NotImplementedError
+
     def level_lengths(self, samples: int, context: Context) -> list[int]:
         """Frames of a clip of `samples` samples at each level, the last being the encoder's output."""
         raise NotImplementedError
@@ -98,6 +103,9 @@ class EncoderFamily(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
+
+    def reset_parameters(self) -> None:
+        """Initialise what the family holds besides its layers."""
 
     def load_encoder(self, index: int, encoder: nn.Module) -> None:
         """Copy a transformers encoder into place `index`. Raises CheckpointError where it does not fit."""

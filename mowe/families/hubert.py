@@ -96,6 +96,10 @@ class HubertFamily(EncoderFamily):
             hop *= stride
         return FrameClock(hop, field // 2)
 
+    @classmethod
+    def stages(cls, config: HubertConfig) -> list[tuple[int, int, int]]:
+        return [(kernel, stride, 0) for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True)]
+
     def level_lengths(self, samples: int, context: Context) -> list[int]:
         lengths = [samples]
         for kernel, stride in zip(self.kernels, self.strides, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -60,6 +61,10 @@ class WhisperFamily(EncoderFamily):
     def frame_clock(cls, config: WhisperConfig) -> FrameClock:
         return FrameClock(hop=2 * HOP, offset=0)
 
+    @classmethod
+    def stages(cls, config: WhisperConfig) -> list[tuple[int, int, int]]:
+        return [(HOP, HOP, 0), (3, 2, 2)]
+
     def level_lengths(self, samples: int, context: Context) -> list[int]:
         frames = 2 * self.max_frames if context == "window" else samples // HOP
         if frames > 2 * self.max_frames:
@@ -102,6 +107,13 @@ class WhisperFamily(EncoderFamily):
         for layer in self.layers:
             h = layer(h, rows)
         return self.layer_norm(h, rows)
+
+    def reset_parameters(self) -> None:
+        """Whisper's fixed sinusoidal positions."""
+        frames, width = self.embed_positions.shape[1:]
+        rates = torch.exp(-math.log(10_000) * torch.arange(width // 2) / (width // 2 - 1))
+        angles = torch.arange(frames)[:, None] * rates
+        self.embed_positions.copy_(torch.cat((angles.sin(), angles.cos()), dim=1))
 
     def entries(self) -> list[Entry]:
         entries = [Entry("embed_positions", ("embed_positions.weight",)), *affine("layer_norm", "layer_norm")]

@@ -20,11 +20,17 @@ def groups(group_offsets: Tensor) -> Iterator[tuple[int, slice]]:
             yield group, slice(start, stop)
 
 
+def blocks(rows: slice) -> Iterator[slice]:
+    """At most `CHUNK` of the rows, in order."""
+    for start in range(rows.start, rows.stop, CHUNK):
+        yield slice(start, min(start + CHUNK, rows.stop))
+
+
 def chunks(group_offsets: Tensor) -> Iterator[tuple[int, slice]]:
     """(encoder, at most `CHUNK` of its rows), in order."""
     for group, rows in groups(group_offsets):
-        for start in range(rows.start, rows.stop, CHUNK):
-            yield group, slice(start, min(start + CHUNK, rows.stop))
+        for block in blocks(rows):
+            yield group, block
 
 
 def clear_tail(rows: Tensor, offsets: Tensor) -> Tensor:
@@ -41,9 +47,9 @@ def sums(like: Tensor, needed: bool) -> Tensor:
     return like.new_zeros(like.shape if needed else 0, dtype=accumulation_dtype(like.dtype))
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, where total may be of a wider type."""
+def add_product(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
+    """total += scale * a @ b, where total may be of a wider type."""
     if total.dtype == a.dtype:
-        total.addmm_(a, b)
+        total.addmm_(a, b, alpha=scale)
     else:
-        total += a @ b
+        total.add_(a @ b, alpha=scale)

@@ -1,0 +1,266 @@
+"""Audio in: files and arrays of any kind to mono float32 waveforms at 16 kHz, and batches of them."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from numbers import Real
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mowe.errors import AudioError
+
+SAMPLING_RATE = 16_000
+"""Hz. The rate of every waveform inside the library."""
+
+MIN_SAMPLES = 400
+"""25 ms, one analysis window: the shortest clip an encoder can take."""
+
+WINDOW_SAMPLES = 480_000
+"""30 s: the longest piece an encoder is given at once."""
+
+_SHORT_PADDED_TO = SAMPLING_RATE  # 1 s, as the paper's adapter pads short audio
+_MIN_RATE = 1_000  # below this, kHz were given for Hz, and resampling would blow the clip up a thousandfold
+
+_FULL_SCALE = {torch.uint8: 2**7, torch.int8: 2**7, torch.int16: 2**15, torch.int32: 2**31}
+_UNKNOWN_LENGTH = 0x7FFFF000  # writers into a pipe declare this many bytes or more: the size was not known yet
+_DECLARED_BYTES = re.compile(r"^\s*(?:data|SSND|Data Size)\s*:\s*(\d+) \(should be (\d+)\)", re.MULTILINE)
+_OGG_PAGE_MAX = 27 + 255 + 255 * 255
+
+
+def load_audio(path: str | os.PathLike[str]) -> Tensor:
+    """Reads a wav, flac, ogg or mp3 file as a waveform: [samples] float32, 16 kHz, the mean of its channels.
+
+    Raises `AudioError`, naming the file, if it is missing, a directory, empty, not audio, cut off, without samples, or
+    holds NaN or infinite samples. A cut is found where the file tells its length: always in wav and flac, in ogg by its
+    last page, in mp3 by the length header nearly every encoder writes; an mp3 without one is warned about, because
+    its length is a guess from its bit rate.
+    """
+    import soundfile
+
+    path = Path(path)
+    if not path.exists():
+        raise AudioError(f"{path}: no such file")
+    if not path.is_file():
+        raise AudioError(f"{path}: expected an audio file, got {'a directory' if path.is_dir() else 'a special file'}")
+    try:
+        with path.open("rb") as stream:
+            samples, rate = _read(soundfile, path, stream)
+    except OSError as error:
+        raise AudioError(f"{path}: cannot be read ({error.strerror})") from error
+    if not len(samples):
+        raise AudioError(f"{path}: holds no samples")
+    if not np.isfinite(samples).all():
+        raise AudioError(f"{path}: holds NaN or infinite samples")
+    return torch.from_numpy(_resampled(samples.mean(axis=1), rate))
+
+
+def as_waveform(audio: Any, sampling_rate: float = SAMPLING_RATE, name: str = "audio") -> Tensor:
+    """One clip in any usual form as a waveform: [samples] float32 at 16 kHz, at least `MIN_SAMPLES` long, finite.
+
+    audio: a path (see `load_audio`); a 1-D or 2-D numpy array, torch tensor or (nested) list; or a mapping with "array"
+      and "sampling_rate", as `datasets` gives. The smaller axis of a 2-D clip holds the channels, which are averaged.
+      Floats are taken as they are; 8-, 16- and 32-bit integers are scaled to [-1, 1] (uint8 is offset binary).
+      Wider or unsigned integers, and lists of ints, have no agreed scale and are refused.
+    sampling_rate: Hz, of an array. A path or a mapping brings its own.
+    name: what errors and warnings call the clip.
+
+    A tensor stays on its device, and is not copied where nothing has to change. A clip under 25 ms is padded with
+    zeros to 1 s, as in the paper, with a `UserWarning`. Raises `AudioError` for anything else.
+    """
+    if isinstance(audio, (str, os.PathLike)):
+        name = os.fspath(audio)
+        wave = load_audio(audio)
+    elif isinstance(audio, Mapping):
+        if not {"array", "sampling_rate"} <= audio.keys():
+            raise AudioError(f'{name}: expected a mapping with "array" and "sampling_rate", got keys {list(audio)}')
+        return as_waveform(audio["array"], audio["sampling_rate"], name)
+    else:
+        wave = _mono(_as_tensor(audio, name), sampling_rate, name)
+    if len(wave) < MIN_SAMPLES:
+        warnings.warn(f"{name}: {len(wave)} samples are under 25 ms, padded with zeros to 1 s", stacklevel=2)
+        wave = F.pad(wave, (0, _SHORT_PADDED_TO - len(wave)))
+    return wave
+
+
+def split_windows(wave: Tensor, window: int = WINDOW_SAMPLES) -> list[Tensor]:
+    """Cuts a waveform [samples] into consecutive views of `window` samples, the last one shorter. Nothing is dropped.
+
+    A last piece under `MIN_SAMPLES` is padded with zeros to `MIN_SAMPLES`, so that every piece can be encoded (our
+    choice: the pieces before it stay what they are without it).
+    """
+    pieces = list(wave.split(window))
+    if (missing := MIN_SAMPLES - len(pieces[-1])) > 0:
+        pieces[-1] = F.pad(pieces[-1], (0, missing))
+    return pieces
+
+
+@dataclass(frozen=True)
+class AudioBatch:
+    """Clips laid end to end, without padding.
+
+    samples: [sum of lengths] float32, 16 kHz, finite.
+    lengths: samples of each clip, known to the host, so that no shape ever has to be read back from the device.
+    """
+
+    samples: Tensor
+    lengths: tuple[int, ...]
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """[clips] int32 on the device of `samples`: where each clip begins."""
+        return int32_on(self.samples.device, offsets(self.lengths))
+
+    @classmethod
+    def from_waveforms(cls, waveforms: Sequence[Tensor], device: torch.device | str | None = None) -> AudioBatch:
+        """Lays 1-D float waveforms (see `as_waveform`) end to end on `device`, or where the first one is.
+
+        Values are trusted to be finite: looking would make a GPU wait. Raises `AudioError` if there are no clips, or
+        one is not a 1-D float tensor of at least `MIN_SAMPLES`.
+        """
+        if not len(waveforms):
+            raise AudioError("expected at least one clip, got none")
+        for index, wave in enumerate(waveforms):
+            if not isinstance(wave, Tensor):
+                raise AudioError(f"clip {index}: expected a 1-D float tensor, got {type(wave).__name__}")
+            if wave.ndim != 1 or not wave.is_floating_point():
+                raise AudioError(f"clip {index}: expected a 1-D float tensor, got {wave.dtype} {list(wave.shape)}")
+            if len(wave) < MIN_SAMPLES:
+                raise AudioError(f"clip {index}: expected at least {MIN_SAMPLES} samples (25 ms), got {len(wave)}")
+        device = torch.device(device) if device is not None else waveforms[0].device
+        lengths = tuple(len(wave) for wave in waveforms)
+        if device.type == "cuda" and all(wave.device.type == "cpu" for wave in waveforms):
+            pinned = torch.empty(sum(lengths), dtype=torch.float32, pin_memory=True)
+            torch.cat([wave.detach().float() for wave in waveforms], out=pinned)
+            return cls(pinned.to(device, non_blocking=True), lengths)
+        moved = [wave.detach().to(device, torch.float32, non_blocking=True) for wave in waveforms]
+        return cls(torch.cat(moved), lengths)
+
+
+def offsets(lengths: Sequence[int]) -> list[int]:
+    """Where each of consecutive pieces begins: the exclusive running sum of their lengths."""
+    return np.cumsum((0, *lengths))[:-1].tolist()
+
+
+def int32_on(device: torch.device, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+    """Host integers as an int32 tensor on `device`, without waiting for it."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=torch.int32, device=device)
+    return torch.tensor(values, dtype=torch.int32, pin_memory=True).to(device, non_blocking=True)
+
+
+def _as_tensor(audio: Any, name: str) -> Tensor:
+    """Samples of any container as a tensor of the dtype they came in; floats that torch lacks become float32."""
+    if isinstance(audio, Tensor):
+        return audio.detach()
+    if not isinstance(audio, (np.ndarray, list, tuple)):
+        raise AudioError(f"{name}: expected a path, an array, a tensor or a list, got {type(audio).__name__}")
+    try:
+        array = np.asarray(audio)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise AudioError(f"{name}: expected samples, got a list that is not an array of numbers") from error
+    if array.dtype.kind == "f":
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
+            array = array.astype(np.float32)
+    elif array.dtype.kind in "iu":
+        array = array.astype(array.dtype.newbyteorder("="))
+    else:
+        raise AudioError(f"{name}: expected float or integer samples, got {array.dtype}")
+    return torch.tensor(np.ascontiguousarray(array))  # a copy: the array may be read-only
+
+
+def _mono(samples: Tensor, sampling_rate: float, name: str) -> Tensor:
+    """Samples [T], [C, T] or [T, C] of any real dtype -> [T] float32 at 16 kHz."""
+    if isinstance(sampling_rate, bool) or not isinstance(sampling_rate, Real) or not math.isfinite(sampling_rate):
+        raise AudioError(f"{name}: expected a sampling rate in Hz, got {sampling_rate!r}")
+    if sampling_rate < _MIN_RATE:
+        raise AudioError(f"{name}: expected a sampling rate of at least {_MIN_RATE} Hz, got {sampling_rate}")
+    if samples.ndim not in (1, 2):
+        raise AudioError(f"{name}: expected 1-D samples or 2-D channels, got shape {list(samples.shape)}")
+    if not samples.numel():
+        raise AudioError(f"{name}: expected samples, got an empty array of shape {list(samples.shape)}")
+    if samples.is_floating_point():
+        wave = samples.float()
+    elif samples.dtype in _FULL_SCALE:
+        wave = samples.float() / _FULL_SCALE[samples.dtype]
+        if samples.dtype == torch.uint8:
+            wave = wave - 1.0
+    else:
+        kind = str(samples.dtype).removeprefix("torch.")
+        raise AudioError(f"{name}: expected float samples in [-1, 1] or 8-, 16- or 32-bit integers, got {kind}")
+    if not torch.isfinite(wave).all():
+        raise AudioError(f"{name}: holds NaN or infinite samples")
+    if wave.ndim == 2:
+        wave = wave.mean(dim=0 if wave.shape[0] <= wave.shape[1] else 1)
+    if sampling_rate == SAMPLING_RATE:
+        return wave
+    return torch.from_numpy(_resampled(wave.cpu().numpy(), sampling_rate)).to(wave.device)
+
+
+def _resampled(wave: np.ndarray, rate: float) -> np.ndarray:
+    """[T] float32 at `rate` Hz -> [T'] float32 at 16 kHz."""
+    if rate == SAMPLING_RATE:
+        return wave
+    import soxr
+
+    return soxr.resample(wave, rate, SAMPLING_RATE, quality="HQ")
+
+
+def _read(soundfile: Any, path: Path, stream: BinaryIO) -> tuple[np.ndarray, int]:
+    """A file's samples [T, channels] float32 and its rate; `AudioError` if they are not all there."""
+    if not stream.seek(0, os.SEEK_END):
+        raise AudioError(f"{path}: an empty file")
+    try:
+        file = soundfile.SoundFile(path)
+    except (RuntimeError, TypeError) as error:  # TypeError: headerless .raw, of which nothing is known
+        raise AudioError(f"{path}: not audio that can be decoded (wav, flac, ogg, mp3), or damaged") from error
+    with file:
+        if file.format == "OGG" and _ends_within_ogg_page(stream):
+            raise AudioError(f"{path}: truncated, its last page is incomplete")
+        for declared, found in _DECLARED_BYTES.findall(file.extra_info):
+            if int(found) < int(declared) < _UNKNOWN_LENGTH:
+                raise AudioError(f"{path}: truncated, {declared} bytes of samples were promised, {found} are there")
+        try:
+            samples = file.read(dtype="float32", always_2d=True)
+        except RuntimeError as error:
+            raise AudioError(f"{path}: truncated or damaged, cannot be decoded to its end") from error
+        if file.format == "MP3" and not _mp3_tells_length(stream):
+            seconds = len(samples) / file.samplerate
+            told = f"{path}: an mp3 without a length header, may be longer than the {seconds:.2f} s read"
+            warnings.warn(told, stacklevel=3)
+        elif len(samples) < file.frames:
+            raise AudioError(f"{path}: truncated, {file.frames} samples were promised, {len(samples)} are there")
+        return samples, file.samplerate
+
+
+def _ends_within_ogg_page(stream: BinaryIO) -> bool:
+    """Whether an Ogg file ends before its last page does (RFC 3533, section 6): one the decoder would drop unsaid."""
+    stream.seek(-min(_OGG_PAGE_MAX, stream.seek(0, os.SEEK_END)), os.SEEK_END)
+    tail = stream.read()
+    page = tail[tail.rfind(b"OggS") :]
+    if len(page) < 27 or len(page) < 27 + page[26]:
+        return True
+    return len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]])
+
+
+def _mp3_tells_length(stream: BinaryIO) -> bool:
+    """Whether the first frame, after an ID3v2 tag, carries a Xing or Info header, which tells the number of frames."""
+    stream.seek(0)
+    tag = stream.read(10)
+    if tag.startswith(b"ID3"):
+        size = sum(byte << shift for byte, shift in zip(tag[6:10], (21, 14, 7, 0), strict=True))
+        stream.seek(10 + size)
+    else:
+        stream.seek(0)
+    first_frame = stream.read(2048)
+    return b"Xing" in first_frame or b"Info" in first_frame

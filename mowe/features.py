@@ -1,0 +1,168 @@
+"""Model inputs from waveforms, on the device of the batch: Whisper's log-mel rows, and waves of unit variance.
+
+Clips lie end to end, nothing waits for the device, and a clip's result does not depend on its neighbours in the batch.
+No gradient flows into the waveforms.
+"""
+
+from __future__ import annotations
+
+from functools import cache, cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mowe.audio import SAMPLING_RATE, WINDOW_SAMPLES, AudioBatch, int32_on, offsets
+from mowe.errors import AudioError, ConfigError
+
+N_FFT = 400
+HOP = 160
+_EDGE = N_FFT // 2  # samples mirrored at either end of a clip
+_WINDOW_FRAMES = WINDOW_SAMPLES // HOP
+_BLOCK = 1_600  # samples that the statistics of a clip sum at once
+
+
+class Spectrogram:
+    """Short-time spectra of a batch of clips, from which every mel bank is made: one STFT for all encoders.
+
+    audio: the clips.
+    context: "valid" for a clip's own frames, length // 160; "window" for the clip padded with zeros to 30 s, 3000
+      frames, of which only those that touch the clip are transformed.
+
+    num_frames: rows of each clip, known to the host.
+    starts: [clips] int32 on the device, the first row of each clip.
+
+    The analysis is Whisper's: Hann windows of 25 ms every 10 ms, centred, the clip mirrored at its ends, the last frame
+    dropped. Raises `ConfigError` for another context, `AudioError` for a clip over 30 s in "window".
+    """
+
+    def __init__(self, audio: AudioBatch, context: Literal["valid", "window"]):
+        if context == "valid":
+            self.num_frames = touched = tuple(length // HOP for length in audio.lengths)
+            self._ends = audio.lengths
+        elif context == "window":
+            for index, length in enumerate(audio.lengths):
+                if length > WINDOW_SAMPLES:
+                    raise AudioError(f"clip {index}: expected at most 30 s in one window, got {length} samples")
+            self.num_frames = (_WINDOW_FRAMES,) * len(audio.lengths)
+            touched = tuple(min(-(-(length + _EDGE) // HOP), _WINDOW_FRAMES) for length in audio.lengths)
+            self._ends = (WINDOW_SAMPLES,) * len(audio.lengths)
+        else:
+            raise ConfigError(f'context: expected "valid" or "window", got {context!r}')
+        self.audio = audio
+        # An analysis window spans two and a half hops, so a clip takes two whole hops more than it has frames.
+        self._hops = tuple(count + 2 for count in touched)
+        self._most_touched = max(touched)
+        table = (offsets(self.num_frames), self.num_frames, offsets(self._hops), touched)
+        self.starts, self._counts, self._hop_starts, self._touched = int32_on(audio.samples.device, table)
+
+    @cached_property
+    def power(self) -> Tensor:
+        """[hops + 1, 201] float32: the power spectrum at every hop of the clips laid end to end, then that of silence.
+
+        Windows at the last two hops of a clip reach into the next one; `log_mel` leaves them out.
+        """
+        flat = self._mirrored()
+        window = torch.hann_window(N_FFT, device=flat.device)
+        spectrum = torch.stft(flat, N_FFT, HOP, window=window, center=False, return_complex=True).T
+        return torch.addcmul(spectrum.real.square(), spectrum.imag, spectrum.imag)
+
+    @torch.no_grad()
+    def log_mel(self, num_mel_bins: int) -> Tensor:
+        """[sum(num_frames), num_mel_bins] float32, packed by clip: the log-mel rows an encoder of that many bins takes.
+
+        "valid": what `transformers.WhisperFeatureExtractor(feature_size=num_mel_bins)` gives for the clip alone,
+        unpadded; "window": what it gives by default, the clip padded to 30 s.
+        """
+        with torch.autocast(self.power.device.type, enabled=False):
+            log_mel = (self.power @ _mel_filters(num_mel_bins, self.power.device)).clamp_(min=1e-10).log10_()
+        peaks = _by_clip(log_mel.amax(1), self._hop_starts, self._touched, self._most_touched, float("-inf")).amax(1)
+        clip, hop = self._rows
+        rows = log_mel.index_select(0, hop)
+        return rows.clamp_(min=(peaks - 8.0)[clip, None]).add_(4.0).div_(4.0)
+
+    @cached_property
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        """The clip and the hop of every row; a row in the padding takes the last hop, which is silent."""
+        clip = _owners(self._counts, sum(self.num_frames))
+        frame = torch.arange(len(clip), dtype=torch.int32, device=clip.device) - self.starts[clip]
+        return clip, torch.where(frame < self._touched[clip], self._hop_starts[clip] + frame, sum(self._hops))
+
+    def _mirrored(self) -> Tensor:
+        """[160 * (hops + 3)]: the clips with both ends mirrored, each in its hops, then silence for one more window.
+
+        Joined from views, and only the mirrored samples are gathered: an index for every sample would cost several
+        times what the transform does.
+        """
+        samples, device = self.audio.samples, self.audio.samples.device
+        lengths, ends = int32_on(device, (self.audio.lengths, self._ends))[:, :, None]
+        before = torch.arange(_EDGE, 0, -1, dtype=torch.int32, device=device).expand(len(lengths), -1)
+        after = ends - 2 - torch.arange(2 * HOP - _EDGE, dtype=torch.int32, device=device)
+        position = torch.cat((before, after), dim=1)
+        mirrored = samples[self.audio.starts[:, None] + torch.minimum(position, lengths - 1)]
+        mirrored = torch.where(position < lengths, mirrored, 0.0)  # the end of a window may lie in its padding
+        silence = samples.new_zeros(3 * HOP)
+        pieces: list[Tensor] = []
+        for wave, mirror, hops, end in zip(
+            samples.split(self.audio.lengths), mirrored, self._hops, self._ends, strict=True
+        ):
+            room = hops * HOP - _EDGE
+            padding = max(min(room, end) - len(wave), 0)
+            pieces += mirror[:_EDGE], wave[:room], silence[:padding], mirror[_EDGE : _EDGE + max(room - end, 0)]
+        return torch.cat((*pieces, silence))
+
+
+@torch.no_grad()
+def normalize_waves(audio: AudioBatch) -> AudioBatch:
+    """Every clip with zero mean and unit variance, as `transformers.Wav2Vec2FeatureExtractor(do_normalize=True)`:
+    (x - mean) / sqrt(var + 1e-7), var the population variance over the clip.
+    """
+    samples = audio.samples
+    blocks = tuple(-(-length // _BLOCK) for length in audio.lengths)
+    padding = [-length % _BLOCK for length in audio.lengths]
+    silence = samples.new_zeros(_BLOCK)
+    waves = zip(samples.split(audio.lengths), padding, strict=True)
+    padded = torch.cat([piece for wave, pad in waves for piece in (wave, silence[:pad])]).view(-1, _BLOCK)
+
+    starts, counts, lengths = int32_on(samples.device, (offsets(blocks), blocks, audio.lengths))
+    wide = padded.double()  # sums of squares must not cancel
+    sums, squares = (_by_clip(x.sum(1), starts, counts, max(blocks), 0.0).sum(1) for x in (wide, wide.square()))
+    mean = sums / lengths
+    scale = (squares / lengths - mean.square() + 1e-7).rsqrt()
+    clip = _owners(counts, len(padded))
+    normal = (padded - mean.float()[clip, None]).mul_(scale.float()[clip, None])
+
+    sizes = [size for pair in zip(audio.lengths, padding, strict=True) for size in pair]
+    return AudioBatch(torch.cat(normal.flatten().split(sizes)[::2]), audio.lengths)
+
+
+def _owners(counts: Tensor, total: int) -> Tensor:
+    """[total] int32: the clip of each row, when clip i has counts[i] of the `total` rows."""
+    clips = torch.arange(len(counts), dtype=torch.int32, device=counts.device)
+    return clips.repeat_interleave(counts, output_size=total)  # without the size the device would be asked for it
+
+
+def _by_clip(values: Tensor, starts: Tensor, counts: Tensor, longest: int, fill: float) -> Tensor:
+    """[clips, longest]: each clip's run of `values`, then `fill`. A reduction of a line does the same work every time,
+    where adding or comparing into one cell per clip would depend on the order of arrival.
+    """
+    step = torch.arange(longest, dtype=torch.int32, device=values.device)
+    index = starts[:, None] + torch.minimum(step, counts[:, None] - 1)
+    return torch.where(step < counts[:, None], values[index], fill)
+
+
+@cache
+def _mel_filters(num_mel_bins: int, device: torch.device) -> Tensor:
+    """[201, num_mel_bins] float32: triangular filters on the Slaney scale from 0 to 8 kHz."""
+    from transformers.audio_utils import mel_filter_bank
+
+    filters = mel_filter_bank(
+        num_frequency_bins=N_FFT // 2 + 1,
+        num_mel_filters=num_mel_bins,
+        min_frequency=0.0,
+        max_frequency=8_000.0,
+        sampling_rate=SAMPLING_RATE,
+        norm="slaney",
+        mel_scale="slaney",
+    )
+    return torch.from_numpy(filters).to(device, torch.float32)

@@ -1,0 +1,343 @@
+"""An AudioLLM with a mixture of weak encoders, as transformers users expect one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    Cache,
+    GenerationMixin,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+
+from mowe.audio import MIN_SAMPLES, AudioBatch
+from mowe.checkpoint import load_pretrained_encoder
+from mowe.configuration_mowe import MoweConfig, MowePoolConfig
+from mowe.errors import AudioError, CheckpointError
+from mowe.families import ClipFeatures, EncoderFamily, family_class, find_encoder
+from mowe.families.stacked import StackedConv, StackedLinear, StackedNorm
+from mowe.mixture import MixtureOfWeakEncoders, MixtureOutput
+from mowe.pool import EncoderPool, normalizes
+from mowe.projector import BaseFeatures, MoweProjector
+from mowe.router import MoweRouter
+from mowe_kernels import PackLayout, PackPlan
+
+_OURS = (EncoderFamily, StackedConv, StackedLinear, StackedNorm, MoweProjector, MoweRouter)
+
+
+@dataclass
+class MoweAudioOutput(BaseModelOutputWithPooling):
+    """Audio features of a batch.
+
+    last_hidden_state: [R, D], packed frames of the base encoder. pooler_output: [tokens, H], packed embeddings for the
+    language model. mixture: what the routers chose and their losses.
+    """
+
+    mixture: MixtureOutput | None = None
+
+
+@dataclass
+class MoweCausalLMOutputWithPast(ModelOutput):
+    """Output of MoweForConditionalGeneration.
+
+    loss: next-token loss plus aux_loss. logits: [B, T, V]. aux_loss: weighted sum of the router losses. router_logits:
+    [audio windows, E] of the data-dependent router. router_indices: int64 [audio windows, k], the chosen encoders.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    aux_loss: Tensor | None = None
+    router_logits: Tensor | None = None
+    router_indices: Tensor | None = None
+
+
+class MowePreTrainedModel(PreTrainedModel):
+    config_class = MoweConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("audio", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("StackedLayer",)
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, _OURS):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
+
+
+class MoweModel(MowePreTrainedModel):
+    """Base encoder, mixture and language model.
+
+    audio_tower: the base encoder, a family of one, so that it too runs packed. mixture: routers, pool and projector.
+    language_model: any causal language model of transformers, with its head.
+    """
+
+    def __init__(self, config: MoweConfig):
+        super().__init__(config)
+        base = config.audio_config
+        family = family_class(base.model_type)
+        family.signature(base, config.audio_do_normalize)
+        self.audio_tower = family([base], config.audio_do_normalize)
+        self.mixture = MixtureOfWeakEncoders(config, EncoderPool(config.pool_config))
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self._layouts: dict[torch.device, PackLayout] = {}
+        self.post_init()
+
+    @property
+    def multi_modal_projector(self) -> nn.Module:
+        return self.mixture.multi_modal_projector
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_audio_features(self, input_features: Tensor, input_features_mask: Tensor | None = None) -> MoweAudioOutput:
+        """Encode windows of audio.
+
+        input_features: [N, S] float waveforms at 16 kHz, zero-padded on the right. input_features_mask: [N, S], true
+        where a sample is real; all of them by default. Reads the lengths back from the device once.
+        Raises AudioError for shapes that do not fit and for windows the encoders cannot take.
+        """
+        features = ClipFeatures(_unpad(input_features, input_features_mask), self.config.context)
+        base = self.encode_base(features)
+        pool_context = self.config.pool_config.context
+        weak = features if pool_context == features.context else ClipFeatures(features.audio, pool_context)
+        mixture = self.mixture.mix(base, weak)
+        return MoweAudioOutput(last_hidden_state=base.rows, pooler_output=mixture.tokens, mixture=mixture)
+
+    def encode_base(self, features: ClipFeatures) -> BaseFeatures:
+        """Packed features of the base encoder; frames that lie in padding are encoded with it and then left out."""
+        tower, audio = self.audio_tower, features.audio
+        device = audio.samples.device
+        if device not in self._layouts:
+            self._layouts[device] = PackLayout.build([0], [tower.num_levels], device)
+        lengths = [tower.level_lengths(samples, features.context) for samples in audio.lengths]
+        levels = [list(level) for level in zip(*lengths, strict=True)]
+        one = torch.zeros(len(audio.lengths), 1, dtype=torch.int64, device=device)
+        plan = PackPlan.build(one, levels, self._layouts[device]).family(0)
+        own = tuple(tower.level_lengths(samples, "valid")[-1] for samples in audio.lengths)
+        return BaseFeatures(tower(features, plan), plan.rows.starts, own, tower.clock)
+
+    def embed(
+        self, input_ids: Tensor, input_features: Tensor | None, input_features_mask: Tensor | None
+    ) -> tuple[Tensor, MixtureOutput | None]:
+        """Embeddings of the prompt [B, T, H], audio in the place of its placeholders, and what the mixture did."""
+        placeholders = input_ids == self.config.audio_token_id
+        # The placeholder may lie outside the language model's vocabulary; its embedding is replaced in any case.
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(placeholders, 0))
+        if input_features is None:
+            if placeholders.any():
+                raise AudioError(f"the prompt has {int(placeholders.sum())} audio placeholders but no input_features")
+            return embeds, None
+        audio = self.get_audio_features(input_features, input_features_mask)
+        tokens = audio.pooler_output
+        count = int(placeholders.sum())
+        if count != tokens.shape[0]:
+            raise AudioError(f"the prompt has {count} audio placeholders but the audio gives {tokens.shape[0]} tokens")
+        embeds = embeds.masked_scatter(placeholders[..., None], tokens.to(embeds.device, embeds.dtype))
+        return embeds, audio.mixture
+
+
+class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
+    """Base audio encoder, mixture of weak encoders, language model: audio and text in, text out."""
+
+    def __init__(self, config: MoweConfig):
+        super().__init__(config)
+        self.model = MoweModel(config)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], *args: Any, **kwargs: Any):
+        """As in transformers, but missing, surplus or misshapen parameters and damaged files raise CheckpointError."""
+        want_info = kwargs.pop("output_loading_info", False)
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, use_safetensors=True, **kwargs
+            )
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{pretrained_model_name_or_path}: {str(error).splitlines()[0]}") from None
+        problems = {
+            kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        }
+        if any(problems.values()):
+            told = ", ".join(f"{kind.replace('_', ' ')} {keys[:8]}" for kind, keys in problems.items() if keys)
+            raise CheckpointError(f"{pretrained_model_name_or_path}: {told}")
+        return (model, info) if want_info else model
+
+    @classmethod
+    def from_parts(
+        cls,
+        audio_tower: str | PathLike[str] | nn.Module,
+        pool: EncoderPool | Sequence[str | PathLike[str]],
+        language_model: str | PathLike[str] | PreTrainedModel,
+        **settings: Any,
+    ) -> MoweForConditionalGeneration:
+        """A model from pre-trained parts, with new routers and a new projector.
+
+        audio_tower: the base encoder, a transformers module or a checkpoint. pool: a pool, or the checkpoints of its
+        encoders. language_model: a causal language model of transformers or a checkpoint. settings: fields of
+        MoweConfig; their defaults are the paper's arrangement, with Whisper-large as audio_tower and two Whisper-tiny,
+        HuBERT-base and HuBERT-base-er as pool.
+        """
+        if not isinstance(audio_tower, nn.Module):
+            audio_tower, extractor = load_pretrained_encoder(audio_tower)
+            settings.setdefault("audio_do_normalize", normalizes(audio_tower, extractor))
+        base = find_encoder(audio_tower)
+        if not isinstance(pool, EncoderPool):
+            pool = EncoderPool.from_pretrained(pool, settings.get("context", "window"))
+        if not isinstance(language_model, PreTrainedModel):
+            language_model = AutoModelForCausalLM.from_pretrained(language_model)
+        config = MoweConfig(
+            audio_config=base.config, pool_config=pool.config, text_config=language_model.config, **settings
+        )
+        with torch.device("meta"):
+            model = cls(config)
+        tower = family_class(base.config.model_type)([base.config], config.audio_do_normalize)
+        tower.load_encoder(0, base)
+        mixture = MixtureOfWeakEncoders(config, pool)
+        model.model.audio_tower, model.model.mixture, model.model.language_model = tower, mixture, language_model
+        model.generation_config = language_model.generation_config
+        return model.to(language_model.dtype).eval()
+
+    @property
+    def audio_tower(self) -> EncoderFamily:
+        return self.model.audio_tower
+
+    @property
+    def multi_modal_projector(self) -> nn.Module:
+        return self.model.multi_modal_projector
+
+    @property
+    def language_model(self) -> PreTrainedModel:
+        return self.model.language_model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def get_audio_features(self, input_features: Tensor, input_features_mask: Tensor | None = None) -> MoweAudioOutput:
+        """See MoweModel.get_audio_features."""
+        return self.model.get_audio_features(input_features, input_features_mask)
+
+    def lora_config(self, **settings: Any):
+        """A peft LoraConfig on the language model's linear layers alone, never on the towers or the projector.
+
+        settings: other fields of LoraConfig (r, lora_alpha, ...).
+        """
+        from peft import LoraConfig
+
+        head = self.get_output_embeddings()
+        names = {
+            n.split(".")[-1]
+            for n, m in self.language_model.named_modules()
+            if isinstance(m, nn.Linear) and m is not head
+        }
+        pattern = rf"(.*\.)?language_model\..*\.({'|'.join(sorted(names))})"
+        return LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": pattern, **settings})
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        input_features: Tensor | None = None,
+        input_features_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> MoweCausalLMOutputWithPast:
+        """input_ids: [B, T] with `audio_token_id` at the audio's places. input_features, input_features_mask: [N, S],
+        windows of audio in the order of their placeholders (see get_audio_features). labels: [B, T], -100 where no
+        loss is wanted. The rest is as in transformers.
+        """
+        mixture = None
+        if inputs_embeds is None:
+            inputs_embeds, mixture = self.model.embed(input_ids, input_features, input_features_mask)
+        kwargs.pop("return_dict", None)
+        num_items = kwargs.pop("num_items_in_batch", None)
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        aux_loss = mixture.aux_loss if mixture is not None else None
+        loss = None
+        if labels is not None:
+            vocab_size = self.config.text_config.vocab_size
+            loss = self.loss_function(outputs.logits, labels, vocab_size=vocab_size, num_items_in_batch=num_items)
+            if aux_loss is not None:
+                loss = loss + aux_loss.to(loss.device) * _share(labels, num_items)
+        return MoweCausalLMOutputWithPast(
+            loss=loss,
+            logits=outputs.logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            aux_loss=aux_loss,
+            router_logits=mixture.router_logits if mixture is not None else None,
+            router_indices=mixture.indices if mixture is not None else None,
+        )
+
+
+def _share(labels: Tensor, num_items: Tensor | int | None) -> Tensor | float:
+    """Weight of this batch's auxiliary loss under gradient accumulation: its share of the predicted tokens.
+
+    The next-token loss is a sum over tokens divided by num_items_in_batch, the tokens of all accumulated batches;
+    weighting by the share makes the auxiliary loss their token-weighted mean instead of their sum.
+    """
+    return 1.0 if num_items is None else (labels[:, 1:] != -100).sum() / num_items
+
+
+def _unpad(input_features: Tensor, mask: Tensor | None) -> AudioBatch:
+    """[N, S] waveforms and their mask -> packed clips."""
+    if input_features.dim() != 2 or (mask is not None and mask.shape != input_features.shape):
+        shape = None if mask is None else list(mask.shape)
+        raise AudioError(
+            f"input_features and their mask must be [windows, samples], got {list(input_features.shape)} and {shape}"
+        )
+    count, samples = input_features.shape
+    lengths = [samples] * count if mask is None else mask.sum(-1).tolist()
+    if min(lengths, default=0) < MIN_SAMPLES:
+        raise AudioError(
+            f"every window of audio needs {MIN_SAMPLES} samples (25 ms) or more, got {min(lengths, default=0)}"
+        )
+    return AudioBatch.from_waveforms([wave[:length] for wave, length in zip(input_features, lengths, strict=True)])
+
+
+AutoConfig.register(MowePoolConfig.model_type, MowePoolConfig)
+AutoConfig.register(MoweConfig.model_type, MoweConfig)
+AutoModelForMultimodalLM.register(MoweConfig, MoweForConditionalGeneration)

@@ -1,0 +1,284 @@
+"""From prompts and audio to model inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoFeatureExtractor, AutoProcessor, BatchFeature, ProcessorMixin
+from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
+
+from mowe.audio import SAMPLING_RATE, WINDOW_SAMPLES, as_waveform, split_windows
+from mowe.configuration_mowe import MoweConfig
+from mowe.errors import AudioError, ConfigError
+from mowe.families import family_class
+
+PAPER_PROMPT = "Given the following speech tokens: \n<speech>{audio}</speech>\n\n{instruction}"
+"""The prompt of the authors' inference adapter, for language models without a chat template."""
+
+
+class MoweFeatureExtractor(SequenceFeatureExtractor):
+    """Cuts audio into windows of at most 30 s and pads them together; the model computes its features itself.
+
+    token_stages: (kernel, stride, total padding) of every strided step from samples to tokens, from which the number
+    of tokens of a window follows; `from_config` reads them off a model's configuration.
+    """
+
+    model_input_names = ["input_features", "input_features_mask"]
+
+    def __init__(
+        self,
+        feature_size: int = 1,
+        sampling_rate: int = SAMPLING_RATE,
+        padding_value: float = 0.0,
+        window_samples: int = WINDOW_SAMPLES,
+        token_stages: Sequence[Sequence[int]] = (),
+        **kwargs: Any,
+    ):
+        super().__init__(feature_size, sampling_rate, padding_value, **kwargs)
+        self.window_samples = window_samples
+        self.token_stages = [list(stage) for stage in token_stages]
+
+    @classmethod
+    def from_config(cls, config: MoweConfig) -> MoweFeatureExtractor:
+        """The feature extractor of a model."""
+        stages = family_class(config.audio_config.model_type).stages(config.audio_config)
+        if config.projector_type == "conv":
+            stages += [(3, 2, 2)] * (config.projector_stride.bit_length() - 1)
+        else:
+            stages += [(config.projector_stride, config.projector_stride, config.projector_stride - 1)]
+        return cls(token_stages=stages)
+
+    def num_tokens(self, samples: int) -> int:
+        """Tokens that a window of so many samples gives."""
+        for kernel, stride, padding in self.token_stages:
+            samples = (samples + padding - kernel) // stride + 1
+        return samples
+
+    def __call__(
+        self, raw_speech: Any, sampling_rate: int | None = None, return_tensors: str | None = "pt", **kwargs: Any
+    ) -> BatchFeature:
+        """raw_speech: one clip or a list of clips, each in any form `mowe.audio.as_waveform` takes.
+
+        sampling_rate: of the clips given as arrays, 16 kHz by default; other rates are resampled.
+        Returns input_features float32 [N, S] and input_features_mask int64 [N, S], one row a window, and for each clip
+        the number of windows (`num_windows`) and of tokens (`num_audio_tokens`), as lists.
+        Raises AudioError for audio that cannot be read.
+        """
+        clips = raw_speech if _is_batch(raw_speech) else [raw_speech]
+        rate = sampling_rate or self.sampling_rate
+        windows = [
+            split_windows(as_waveform(clip, rate, f"audio {i}").cpu(), self.window_samples)
+            for i, clip in enumerate(clips)
+        ]
+        flat = [window for of_clip in windows for window in of_clip]
+        if not flat:
+            raise AudioError("no audio was given")
+        padded = torch.nn.utils.rnn.pad_sequence(flat, batch_first=True, padding_value=self.padding_value)
+        lengths = torch.tensor([window.numel() for window in flat])
+        mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
+        return BatchFeature(
+            {
+                "input_features": padded if return_tensors == "pt" else padded.numpy(),
+                "input_features_mask": mask if return_tensors == "pt" else mask.numpy(),
+                "num_windows": [len(of_clip) for of_clip in windows],
+                "num_audio_tokens": [sum(self.num_tokens(w.numel()) for w in of_clip) for of_clip in windows],
+            }
+        )
+
+
+class MoweProcessor(ProcessorMixin):
+    """Tokenises prompts, prepares their audio, and puts one placeholder per audio token where the audio belongs.
+
+    audio_token: what stands for one audio in a prompt; added to the tokenizer if it does not have it.
+    """
+
+    attributes = ["feature_extractor", "tokenizer"]
+    feature_extractor_class = "MoweFeatureExtractor"
+    tokenizer_class = "AutoTokenizer"
+
+    def __init__(
+        self,
+        feature_extractor: MoweFeatureExtractor,
+        tokenizer: Any,
+        chat_template: str | None = None,
+        audio_token: str = "<|audio|>",
+    ):
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.add_special_tokens({"additional_special_tokens": [audio_token]}, replace_extra_special_tokens=False)
+        self.audio_token = audio_token
+        self.audio_token_id = tokenizer.convert_tokens_to_ids(audio_token)
+        super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "input_features", "input_features_mask"]
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        audio: Any = None,
+        sampling_rate: int | None = None,
+        answers: str | Sequence[str] | None = None,
+        return_tensors: str = "pt",
+        padding_side: str = "left",
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Model inputs for a batch of prompts.
+
+        text: prompts, each with `audio_token` once for every audio it speaks of. audio: the clips in the order of their
+        tokens, as one list or one list per prompt; any form `mowe.audio.as_waveform` takes. sampling_rate: of clips
+        given as arrays, 16 kHz by default. answers: for training; each is appended to its prompt with the end token,
+        and `labels` are -100 everywhere else.
+        Returns input_ids and attention_mask [B, T], input_features and input_features_mask [N, S] if there is audio.
+        Raises AudioError where prompts and audio do not match or audio cannot be read.
+        """
+        if return_tensors != "pt":
+            raise ConfigError(f"return_tensors must be 'pt', got {return_tensors!r}")
+        prompts = [text] if isinstance(text, str) else list(text)
+        inputs, counts = self._prepare_audio(prompts, audio, sampling_rate)
+        prompts = self._expand(prompts, counts)
+        if isinstance(answers, str):
+            answers = [answers]
+        if answers is not None and len(answers) != len(prompts):
+            raise ConfigError(f"{len(prompts)} prompts but {len(answers)} answers")
+        questions = self.tokenizer(prompts, **kwargs).input_ids
+        rows = (
+            [(q, []) for q in questions] if answers is None else list(zip(questions, self._tails(answers), strict=True))
+        )
+        ids = _pad([q + a for q, a in rows], self.tokenizer.pad_token_id, padding_side)
+        mask = _pad([[1] * (len(q) + len(a)) for q, a in rows], 0, padding_side)
+        data = {"input_ids": ids, "attention_mask": mask, **inputs}
+        if answers is not None:
+            data["labels"] = _pad([[-100] * len(q) + a for q, a in rows], -100, padding_side)
+        return BatchFeature(data)
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[dict[str, Any]] | Sequence[Sequence[dict[str, Any]]],
+        chat_template: str | None = None,
+        tokenize: bool = False,
+        add_generation_prompt: bool = True,
+        sampling_rate: int | None = None,
+        **kwargs: Any,
+    ) -> str | list[str] | BatchFeature:
+        """Prompts of one conversation or a batch of them, whose messages may hold {"type": "audio", "audio": clip}.
+
+        An audio entry names its clip under "audio", "path" or "url" (a local path). With tokenize=True the result is
+        that of calling the processor on the prompts and clips, else the prompts alone. The language model's own chat
+        template is used where it has one, the authors' prompt otherwise.
+        """
+        single = bool(conversation) and isinstance(conversation[0], dict)
+        conversations = [conversation] if single else conversation
+        template = chat_template or self.chat_template or self.tokenizer.chat_template
+        prompts, clips = [], []
+        for messages in conversations:
+            flat, audio = self._flatten(messages)
+            clips.append(audio)
+            if template is None:
+                prompts.append(_plain_prompt(flat, self.audio_token))
+            else:
+                prompts.append(
+                    self.tokenizer.apply_chat_template(
+                        flat, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+                    )
+                )
+        if not tokenize:
+            return prompts[0] if single else prompts
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("return_dict", "padding")}
+        add_special = kwargs.pop("add_special_tokens", template is None)
+        return self(prompts, clips if any(clips) else None, sampling_rate, add_special_tokens=add_special, **kwargs)
+
+    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
+        return self.tokenizer.batch_decode(*args, **kwargs)
+
+    def decode(self, *args: Any, **kwargs: Any) -> str:
+        return self.tokenizer.decode(*args, **kwargs)
+
+    def _prepare_audio(
+        self, prompts: list[str], audio: Any, sampling_rate: int | None
+    ) -> tuple[dict[str, Tensor], list[int]]:
+        """Model inputs of all clips, and the tokens of each, after checking that every prompt gets its own."""
+        wanted = [prompt.count(self.audio_token) for prompt in prompts]
+        if audio is None:
+            clips: list[Any] = []
+        elif not _is_batch(audio):
+            clips = [audio]
+        elif audio and all(clip is None or _is_batch(clip) for clip in audio):
+            given = [len(clip or ()) for clip in audio]
+            for i, (want, got) in enumerate(zip(wanted, given, strict=False)):
+                if want != got:
+                    raise AudioError(f"prompt {i} has {want} {self.audio_token} but {got} audios")
+            if len(given) != len(prompts):
+                raise AudioError(f"{len(prompts)} prompts but audio for {len(given)}")
+            clips = [clip for of_prompt in audio for clip in of_prompt or ()]
+        else:
+            clips = list(audio)
+        if sum(wanted) != len(clips):
+            raise AudioError(f"the prompts have {sum(wanted)} {self.audio_token} but {len(clips)} audios were given")
+        if not clips:
+            return {}, []
+        features = self.feature_extractor(clips, sampling_rate)
+        names = self.feature_extractor.model_input_names
+        return {name: features[name] for name in names}, features["num_audio_tokens"]
+
+    def _expand(self, prompts: list[str], counts: list[int]) -> list[str]:
+        """Each audio token repeated as often as its clip has tokens."""
+        left = iter(counts)
+        expanded = []
+        for prompt in prompts:
+            head, *tails = prompt.split(self.audio_token)
+            expanded.append(head + "".join(self.audio_token * next(left) + tail for tail in tails))
+        return expanded
+
+    def _tails(self, answers: Sequence[str]) -> list[list[int]]:
+        end = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
+        return [ids + end for ids in self.tokenizer(list(answers), add_special_tokens=False).input_ids]
+
+    def _flatten(self, messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, str]], list[Any]]:
+        """Messages with plain text contents, audio entries turned into audio tokens, and the clips in order."""
+        flat, clips = [], []
+        for message in messages:
+            content = message["content"]
+            if not isinstance(content, str):
+                parts = []
+                for part in content:
+                    if part.get("type") == "audio":
+                        clip = next((part[k] for k in ("audio", "path", "url") if part.get(k) is not None), None)
+                        if clip is None:
+                            raise AudioError("an audio entry of a message needs 'audio' or 'path'")
+                        clips.append(clip)
+                        parts.append(self.audio_token)
+                    elif part.get("type") == "text":
+                        parts.append(part["text"])
+                    else:
+                        raise ConfigError(f"a message part must be of type 'text' or 'audio', got {part.get('type')!r}")
+                content = "".join(parts)
+            flat.append({"role": message["role"], "content": content})
+        return flat, clips
+
+
+def _plain_prompt(messages: list[dict[str, str]], audio_token: str) -> str:
+    """The conversation in the authors' form: audio between speech marks, then the instruction."""
+    text = "\n".join(message["content"] for message in messages)
+    count = text.count(audio_token)
+    instruction = text.replace(audio_token, "").strip()
+    return PAPER_PROMPT.format(audio=audio_token * count, instruction=instruction) if count else instruction
+
+
+def _is_batch(audio: Any) -> bool:
+    """Whether this is a list of clips rather than one clip (a list of numbers is one clip)."""
+    return isinstance(audio, list | tuple) and not (audio and isinstance(audio[0], int | float))
+
+
+def _pad(rows: list[list[int]], value: int, side: str) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=value, padding_side=side
+    )
+
+
+AutoFeatureExtractor.register(MoweConfig, MoweFeatureExtractor)
+AutoProcessor.register(MoweConfig, MoweProcessor)
