@@ -1,6 +1,8 @@
 """Mixtures of weak encoders for AudioLLMs.
 
-Names are imported when first used, so that `import mowe` costs nothing.
+Names are imported when first used, so that `import mowe` costs nothing. The first use of MoweConfig or of a class that
+belongs to it (`from mowe import MoweConfig`) also makes all of them known to transformers' Auto classes; `import mowe`
+alone does not, since it would have to import torch and transformers.
 """
 
 from importlib import import_module
@@ -23,13 +25,18 @@ _NAMES = {
     "load_audio": "audio",
 }
 
+_KNOWN_TO_AUTO_CLASSES = ("configuration_mowe", "modeling_mowe", "processing_mowe")
+
 __all__ = sorted(_NAMES)
 
 
 def __getattr__(name: str) -> Any:
     if name not in _NAMES:
         raise AttributeError(f"module 'mowe' has no attribute {name!r}")
-    return getattr(import_module(f"mowe.{_NAMES[name]}"), name)
+    module = _NAMES[name]
+    for other in _KNOWN_TO_AUTO_CLASSES if module in _KNOWN_TO_AUTO_CLASSES else ():
+        import_module(f"mowe.{other}")
+    return getattr(import_module(f"mowe.{module}"), name)
 
 
 def __dir__() -> list[str]:

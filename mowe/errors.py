@@ -1,5 +1,8 @@
 """What `mowe` raises on bad input: one line that says what was wrong and what was expected, always a `ValueError`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class MoweError(ValueError):
     """Base of every error raised by `mowe`."""
@@ -15,3 +18,12 @@ class ConfigError(MoweError):
 
 class CheckpointError(MoweError):
     """A checkpoint whose files, keys or shapes are not what the model needs."""
+
+
+@contextmanager
+def naming(subject: str) -> Iterator[None]:
+    """Errors of `mowe` raised inside begin with what they are about."""
+    try:
+        yield
+    except MoweError as error:
+        raise type(error)(f"{subject}: {error}") from None

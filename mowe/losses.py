@@ -7,6 +7,7 @@ given. Each term here is our choice; the preset `paper` (configuration_mowe.PAPE
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -23,13 +24,19 @@ class RouterLogits:
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Entropy in nats of the softmax over the last dimension."""
-    return torch.special.entr(logits.softmax(-1, dtype=torch.float32)).sum(-1)
+    """Entropy in nats of the softmax over the last dimension, float32."""
+    return _entropy(logits.log_softmax(-1, dtype=torch.float32))
+
+
+def _entropy(log_p: Tensor) -> Tensor:
+    # From logarithms: the gradient stays finite where a probability underflows to zero.
+    return -(log_p.exp() * log_p).sum(-1)
 
 
 def _diversity(logits: Tensor) -> Tensor:
     """Minus the entropy of the batch's mean choice; smallest when the clips spread over all encoders."""
-    return -torch.special.entr(logits.softmax(-1, dtype=torch.float32).mean(0)).sum()
+    log_p = logits.log_softmax(-1, dtype=torch.float32)
+    return -_entropy(log_p.logsumexp(0) - math.log(len(logits)))
 
 
 def _load_balance(logits: Tensor) -> Tensor:
@@ -67,4 +74,4 @@ def router_loss_terms(logits: RouterLogits, names: Mapping[str, float]) -> dict[
 def router_loss(logits: RouterLogits, coefficients: Mapping[str, float]) -> Tensor | None:
     """Sum of coefficient * term, a float32 scalar; None where no term applies."""
     terms = router_loss_terms(logits, coefficients)
-    return sum(coefficients[name] * term for name, term in terms.items()) if terms else None
+    return torch.stack([coefficients[name] * term for name, term in terms.items()]).sum() if terms else None

@@ -24,10 +24,10 @@ from mowe_kernels.plan import device_lengths
 class MixtureOutput:
     """Embeddings for the language model, packed.
 
-    tokens: [R, H], clip after clip. lengths: tokens of each clip, host integers. weights: float32 [B, k] and
-    indices: int64 [B, k], what the routers chose. router_logits: [B, E], None without a data-dependent slot.
-    independent_logits: [E], None without a data-independent slot. aux_loss: the weighted sum of the router losses, a
-    float32 scalar, None without any. plan: how the pairs lay in memory.
+    tokens: [R, H], clip after clip. lengths: tokens of each clip, host integers. weights: float32 [B, k], what scales
+    each slot's features. indices: int64 [B, k], the encoder of each slot. router_logits: [B, E], None without a
+    data-dependent slot. independent_logits: [E], None without a data-independent slot. aux_loss: the weighted sum of
+    the router losses, a float32 scalar, None without any. plan: how the pairs lay in memory.
     """
 
     tokens: Tensor
@@ -89,13 +89,14 @@ class MixtureOfWeakEncoders(nn.Module):
         return self.mix(BaseFeatures(base.flatten(0, 1), starts, lengths, self.base_clock), features)
 
     def mix(self, base: BaseFeatures, features: ClipFeatures) -> MixtureOutput:
-        """The mixture over packed base features and the clips they come from."""
+        """The mixture over packed base features and the clips they come from, in its own dtype, autocast or not."""
         device = base.rows.device
-        summary = sequence_mean(base.rows, base.starts, device_lengths([base.lengths], device)[0])
-        routing = self.router(summary, self.pool.lengths(features), self.pool.layout(device))
-        weak = self.pool(features, routing.plan)
-        clocks = [family.clock for family in self.pool.families]
-        tokens, _, lengths = self.multi_modal_projector(base, weak, routing.weights, clocks)
+        with torch.autocast(device.type, enabled=False):
+            summary = sequence_mean(base.rows, base.starts, device_lengths([base.lengths], device)[0])
+            routing = self.router(summary, self.pool.lengths(features), self.pool.layout(device))
+            weak = self.pool(features, routing.plan)
+            clocks = [family.clock for family in self.pool.families]
+            tokens, _, lengths = self.multi_modal_projector(base, weak, routing.weights, clocks)
         return MixtureOutput(
             tokens,
             lengths,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 from os import PathLike
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMultimodalLM,
     Cache,
@@ -19,16 +18,17 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
 
 from mowe.audio import MIN_SAMPLES, AudioBatch
-from mowe.checkpoint import load_pretrained_encoder
-from mowe.configuration_mowe import MoweConfig, MowePoolConfig
-from mowe.errors import AudioError, CheckpointError
+from mowe.checkpoint import check_keys, check_source, load_pretrained_encoder, normalizes, read_model
+from mowe.configuration_mowe import MoweConfig
+from mowe.errors import AudioError, ConfigError, naming
 from mowe.families import ClipFeatures, EncoderFamily, family_class, find_encoder
 from mowe.families.stacked import StackedConv, StackedLinear, StackedNorm
 from mowe.mixture import MixtureOfWeakEncoders, MixtureOutput
-from mowe.pool import EncoderPool, normalizes
+from mowe.pool import EncoderPool
 from mowe.projector import BaseFeatures, MoweProjector
 from mowe.router import MoweRouter
 from mowe_kernels import PackLayout, PackPlan
@@ -94,12 +94,16 @@ class MoweModel(MowePreTrainedModel):
 
     def __init__(self, config: MoweConfig):
         super().__init__(config)
+        if config.audio_token_id is None:
+            raise ConfigError("audio_token_id is not set: which token stands for audio in a prompt?")
         base = config.audio_config
         family = family_class(base.model_type)
         family.signature(base, config.audio_do_normalize)
         self.audio_tower = family([base], config.audio_do_normalize)
         self.mixture = MixtureOfWeakEncoders(config, EncoderPool(config.pool_config))
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        if "past_key_values" not in signature(self.language_model.forward).parameters:
+            raise ConfigError(f"a {config.text_config.model_type!r} language model has no past_key_values")
         self._layouts: dict[torch.device, PackLayout] = {}
         self.post_init()
 
@@ -117,7 +121,8 @@ class MoweModel(MowePreTrainedModel):
         """Encode windows of audio.
 
         input_features: [N, S] float waveforms at 16 kHz, zero-padded on the right. input_features_mask: [N, S], true
-        where a sample is real; all of them by default. Reads the lengths back from the device once.
+        where a sample is real; all of them by default. Keep the waveforms in float32 whatever the model's dtype: it is
+        their features that are cast. Reads the lengths back from the device once.
         Raises AudioError for shapes that do not fit and for windows the encoders cannot take.
         """
         features = ClipFeatures(_unpad(input_features, input_features_mask), self.config.context)
@@ -171,19 +176,12 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], *args: Any, **kwargs: Any):
         """As in transformers, but missing, surplus or misshapen parameters and damaged files raise CheckpointError."""
-        want_info = kwargs.pop("output_loading_info", False)
-        try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, use_safetensors=True, **kwargs
-            )
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{pretrained_model_name_or_path}: {str(error).splitlines()[0]}") from None
-        problems = {
-            kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        }
-        if any(problems.values()):
-            told = ", ".join(f"{kind.replace('_', ' ')} {keys[:8]}" for kind, keys in problems.items() if keys)
-            raise CheckpointError(f"{pretrained_model_name_or_path}: {told}")
+        source, want_info = str(pretrained_model_name_or_path), kwargs.pop("output_loading_info", False)
+        with naming(source):
+            if not kwargs.get("subfolder"):
+                check_source(source)
+            model, info = read_model(super().from_pretrained, source, *args, **kwargs)
+            check_keys(info, "model")
         return (model, info) if want_info else model
 
     @classmethod
@@ -192,14 +190,19 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
         audio_tower: str | PathLike[str] | nn.Module,
         pool: EncoderPool | Sequence[str | PathLike[str]],
         language_model: str | PathLike[str] | PreTrainedModel,
+        *,
+        audio_token_id: int,
         **settings: Any,
     ) -> MoweForConditionalGeneration:
         """A model from pre-trained parts, with new routers and a new projector.
 
         audio_tower: the base encoder, a transformers module or a checkpoint. pool: a pool, or the checkpoints of its
-        encoders. language_model: a causal language model of transformers or a checkpoint. settings: fields of
-        MoweConfig; their defaults are the paper's arrangement, with Whisper-large as audio_tower and two Whisper-tiny,
-        HuBERT-base and HuBERT-base-er as pool.
+        encoders. language_model: a causal language model of transformers or a checkpoint. A pool and a language model
+        given as modules become part of the new model, which has the language model's device and dtype.
+        audio_token_id: the placeholder, as in MoweProcessor.audio_token_id. settings: other fields of MoweConfig; their
+        defaults are the paper's arrangement, with Whisper-large as audio_tower and two Whisper-tiny, HuBERT-base and
+        HuBERT-base-er as pool.
+        Raises CheckpointError for checkpoints that cannot be read, ConfigError for parts that do not go together.
         """
         if not isinstance(audio_tower, nn.Module):
             audio_tower, extractor = load_pretrained_encoder(audio_tower)
@@ -208,9 +211,13 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
         if not isinstance(pool, EncoderPool):
             pool = EncoderPool.from_pretrained(pool, settings.get("context", "window"))
         if not isinstance(language_model, PreTrainedModel):
-            language_model = AutoModelForCausalLM.from_pretrained(language_model)
+            language_model = _load_language_model(str(language_model))
         config = MoweConfig(
-            audio_config=base.config, pool_config=pool.config, text_config=language_model.config, **settings
+            audio_config=base.config,
+            pool_config=pool.config,
+            text_config=language_model.config,
+            audio_token_id=audio_token_id,
+            **settings,
         )
         with torch.device("meta"):
             model = cls(config)
@@ -219,7 +226,7 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
         mixture = MixtureOfWeakEncoders(config, pool)
         model.model.audio_tower, model.model.mixture, model.model.language_model = tower, mixture, language_model
         model.generation_config = language_model.generation_config
-        return model.to(language_model.dtype).eval()
+        return model.to(language_model.device, language_model.dtype).eval()
 
     @property
     def audio_tower(self) -> EncoderFamily:
@@ -246,9 +253,27 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
         """See MoweModel.get_audio_features."""
         return self.model.get_audio_features(input_features, input_features_mask)
 
-    def lora_config(self, **settings: Any):
-        """A peft LoraConfig on the language model's linear layers alone, never on the towers or the projector.
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *,
+        input_ids: Tensor | None = None,
+        input_features: Tensor | None = None,
+        input_features_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor | ModelOutput:
+        """As in transformers. The audio is encoded once, whatever the number of steps, beams and returned sequences."""
+        input_ids = inputs if input_ids is None else input_ids
+        if input_features is not None:
+            kwargs["inputs_embeds"], _ = self.model.embed(input_ids, input_features, input_features_mask)
+        return super().generate(input_ids, **kwargs)
 
+    def lora_config(self, **settings: Any):
+        """A peft LoraConfig on the linear layers of the language model alone: not on its head, towers or projector.
+
+        peft has no default for a model type that is not its own, so that `LoraConfig()` alone is refused; targets given
+        by the names that are usual in language models (`q_proj`, ...) do not occur outside of it either.
         settings: other fields of LoraConfig (r, lora_alpha, ...).
         """
         from peft import LoraConfig
@@ -257,7 +282,7 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
         names = {
             n.split(".")[-1]
             for n, m in self.language_model.named_modules()
-            if isinstance(m, nn.Linear) and m is not head
+            if isinstance(m, nn.Linear | Conv1D) and m is not head
         }
         pattern = rf"(.*\.)?language_model\..*\.({'|'.join(sorted(names))})"
         return LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": pattern, **settings})
@@ -281,6 +306,8 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
         loss is wanted. The rest is as in transformers.
         """
         mixture = None
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ConfigError("expected either input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds, mixture = self.model.embed(input_ids, input_features, input_features_mask)
         kwargs.pop("return_dict", None)
@@ -313,6 +340,14 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
         )
 
 
+def _load_language_model(source: str) -> PreTrainedModel:
+    with naming(source):
+        check_source(source)
+        model, info = read_model(AutoModelForCausalLM.from_pretrained, source)
+        check_keys(info, "language model")
+    return model
+
+
 def _share(labels: Tensor, num_items: Tensor | int | None) -> Tensor | float:
     """Weight of this batch's auxiliary loss under gradient accumulation: its share of the predicted tokens.
 
@@ -330,14 +365,17 @@ def _unpad(input_features: Tensor, mask: Tensor | None) -> AudioBatch:
             f"input_features and their mask must be [windows, samples], got {list(input_features.shape)} and {shape}"
         )
     count, samples = input_features.shape
-    lengths = [samples] * count if mask is None else mask.sum(-1).tolist()
-    if min(lengths, default=0) < MIN_SAMPLES:
-        raise AudioError(
-            f"every window of audio needs {MIN_SAMPLES} samples (25 ms) or more, got {min(lengths, default=0)}"
-        )
+    lengths, ends = [samples] * count, [samples] * count
+    if mask is not None:
+        real = mask.bool()
+        last = samples - real.flip(1).byte().argmax(1)  # the first of the largest, seen from the end
+        lengths, ends = torch.stack((real.sum(1), last)).tolist()
+    shortest = min(lengths, default=0)
+    if shortest < MIN_SAMPLES:
+        raise AudioError(f"every window of audio needs {MIN_SAMPLES} samples (25 ms) or more, got {shortest}")
+    if lengths != ends:
+        raise AudioError("input_features_mask must be true from the first to the last sample of each window")
     return AudioBatch.from_waveforms([wave[:length] for wave, length in zip(input_features, lengths, strict=True)])
 
 
-AutoConfig.register(MowePoolConfig.model_type, MowePoolConfig)
-AutoConfig.register(MoweConfig.model_type, MoweConfig)
 AutoModelForMultimodalLM.register(MoweConfig, MoweForConditionalGeneration)

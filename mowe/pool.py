@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mowe.audio import AudioBatch
-from mowe.checkpoint import load_pretrained_encoder
+from mowe.checkpoint import load_pretrained_encoder, normalizes
 from mowe.configuration_mowe import MowePoolConfig
-from mowe.errors import ConfigError
+from mowe.errors import ConfigError, naming
 from mowe.families import ClipFeatures, Context, EncoderFamily, family_class, find_encoder
 from mowe_kernels import PackLayout, PackPlan
 
@@ -58,9 +58,10 @@ class EncoderPool(nn.Module):
         self.config = config
         members: dict[tuple[Any, ...], list[int]] = {}
         configs = config.encoder_configs()
-        normalize = [bool(encoder.get("do_normalize", False)) for encoder in config.encoders]
+        normalize = [encoder["do_normalize"] for encoder in config.encoders]
         for index, encoder in enumerate(configs):
-            signature = family_class(encoder.model_type).signature(encoder, normalize[index])
+            with naming(f"encoder {index}"):
+                signature = family_class(encoder.model_type).signature(encoder, normalize[index])
             members.setdefault((encoder.model_type, *signature), []).append(index)
         self.families: nn.ModuleList[EncoderFamily] = nn.ModuleList(
             family_class(key[0])([configs[i] for i in indices], normalize[indices[0]])
@@ -80,19 +81,23 @@ class EncoderPool(nn.Module):
 
         feature_extractors: what prepares each encoder's input (only `do_normalize` of a wave encoder matters). Without
         them a wave encoder gets the waveform as it is. context: used where `encode` and the mixture are not told.
+        The pool takes the device and the dtype of the first encoder.
+        Raises ConfigError for encoders that no family can run, CheckpointError for parameters that do not fit.
         """
-        found = [find_encoder(module) for module in encoders]
-        extractors = list(feature_extractors) if feature_extractors is not None else [None] * len(found)
-        if len(extractors) != len(found):
-            raise ConfigError(f"{len(found)} encoders but {len(extractors)} feature extractors")
-        entries = [
-            {"config": encoder.config.to_dict(), "do_normalize": normalizes(encoder, extractor)}
-            for encoder, extractor in zip(found, extractors, strict=True)
-        ]
+        extractors = list(feature_extractors) if feature_extractors is not None else [None] * len(encoders)
+        if len(extractors) != len(encoders):
+            raise ConfigError(f"{len(encoders)} encoders but {len(extractors)} feature extractors")
+        found, entries = [], []
+        for index, (module, extractor) in enumerate(zip(encoders, extractors, strict=True)):
+            with naming(f"encoder {index}"):
+                encoder = find_encoder(module)
+                entries.append({"config": encoder.config, "do_normalize": normalizes(encoder, extractor)})
+            found.append(encoder)
         pool = cls(MowePoolConfig(encoders=entries, context=context))
         for index, encoder in enumerate(found):
             family, place = pool._place(index)
-            family.load_encoder(place, encoder)
+            with naming(f"encoder {index}"):
+                family.load_encoder(place, encoder)
         first = next(found[0].parameters())
         return pool.to(first.device, first.dtype).eval()
 
@@ -100,7 +105,8 @@ class EncoderPool(nn.Module):
     def from_pretrained(cls, sources: Sequence[str | PathLike[str]], context: Context = "window") -> EncoderPool:
         """A pool from checkpoint folders or hub ids; each one's preprocessor_config.json decides the normalisation.
 
-        Raises CheckpointError for a checkpoint that cannot be read or lacks parameters.
+        Raises CheckpointError for a checkpoint that cannot be read or lacks parameters, ConfigError for encoders that
+        no family can run.
         """
         loaded = [load_pretrained_encoder(source) for source in sources]
         return cls.from_encoders([e for e, _ in loaded], [x for _, x in loaded], context)
@@ -124,11 +130,7 @@ class EncoderPool(nn.Module):
 
     def lengths(self, features: ClipFeatures) -> list[list[int]]:
         """[L][B]: frames of each clip at each level of each family."""
-        levels = []
-        for family in self.families:
-            by_clip = [family.level_lengths(samples, features.context) for samples in features.audio.lengths]
-            levels += [list(level) for level in zip(*by_clip, strict=True)]
-        return levels
+        return [level for family in self.families for level in family.lengths(features)]
 
     def forward(self, features: ClipFeatures, plan: PackPlan) -> PoolOutput:
         """Run every pair of the plan."""
@@ -164,28 +166,15 @@ class EncoderPool(nn.Module):
     def _check_indices(self, indices: Tensor | Sequence[Sequence[int]], batch: int) -> Tensor:
         try:
             indices = torch.as_tensor(indices)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise ConfigError(f"indices must be integers [clips, slots]: {error}") from None
-        if indices.dim() != 2 or indices.shape[0] != batch or indices.dtype.is_floating_point:
+        integer = not (indices.dtype.is_floating_point or indices.dtype.is_complex or indices.dtype == torch.bool)
+        if not integer or indices.dim() != 2 or indices.shape[0] != batch or not indices.shape[1]:
             raise ConfigError(
                 f"indices must be integers [{batch} clips, slots], got {indices.dtype} {list(indices.shape)}"
             )
-        if indices.device.type == "cpu" and indices.numel():
+        if indices.device.type == "cpu":
             low, high = int(indices.min()), int(indices.max())
             if low < -1 or high >= self.num_encoders:
                 raise ConfigError(f"indices must lie in -1..{self.num_encoders - 1}, got {low}..{high}")
         return indices
-
-
-def normalizes(encoder: PreTrainedModel, extractor: Any) -> bool:
-    """Whether the extractor gives its encoder waves of unit variance. Raises ConfigError where the two clash."""
-    bins = getattr(encoder.config, "num_mel_bins", None)
-    if extractor is None:
-        return False
-    if bins is not None:
-        if getattr(extractor, "feature_size", bins) != bins:
-            raise ConfigError(
-                f"the encoder takes {bins} mel bins, its feature extractor gives {extractor.feature_size}"
-            )
-        return False
-    return bool(getattr(extractor, "do_normalize", False))

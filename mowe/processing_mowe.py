@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
+from os import PathLike
 from typing import Any
 
 import torch
@@ -10,10 +12,16 @@ from torch import Tensor
 from transformers import AutoFeatureExtractor, AutoProcessor, BatchFeature, ProcessorMixin
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 
-from mowe.audio import SAMPLING_RATE, WINDOW_SAMPLES, as_waveform, split_windows
+from mowe.audio import MIN_SAMPLES, SAMPLING_RATE, WINDOW_SAMPLES, as_waveform, split_windows
+from mowe.checkpoint import check_source, reading
 from mowe.configuration_mowe import MoweConfig
-from mowe.errors import AudioError, ConfigError
+from mowe.errors import AudioError, ConfigError, naming
 from mowe.families import family_class
+
+_SAVED_BY_TRANSFORMERS = {"feature_extractor_type", "padding_side", "processor_class", "return_attention_mask"}
+_CALL_SETTINGS = (
+    "add_special_tokens", "answers", "max_length", "padding", "padding_side", "return_tensors", "truncation",
+)  # fmt: skip
 
 PAPER_PROMPT = "Given the following speech tokens: \n<speech>{audio}</speech>\n\n{instruction}"
 """The prompt of the authors' inference adapter, for language models without a chat template."""
@@ -23,20 +31,26 @@ class MoweFeatureExtractor(SequenceFeatureExtractor):
     """Cuts audio into windows of at most 30 s and pads them together; the model computes its features itself.
 
     token_stages: (kernel, stride, total padding) of every strided step from samples to tokens, from which the number
-    of tokens of a window follows; `from_config` reads them off a model's configuration.
+    of tokens of a window follows; `from_config` reads them off a model's configuration. window_samples: the most a
+    window holds.
     """
 
     model_input_names = ["input_features", "input_features_mask"]
 
     def __init__(
         self,
+        token_stages: Sequence[Sequence[int]],
+        window_samples: int = WINDOW_SAMPLES,
         feature_size: int = 1,
         sampling_rate: int = SAMPLING_RATE,
         padding_value: float = 0.0,
-        window_samples: int = WINDOW_SAMPLES,
-        token_stages: Sequence[Sequence[int]] = (),
         **kwargs: Any,
     ):
+        unknown = sorted(kwargs.keys() - _SAVED_BY_TRANSFORMERS)
+        if unknown:
+            raise ConfigError(f"MoweFeatureExtractor: unknown keys {unknown}")
+        if not MIN_SAMPLES <= window_samples <= WINDOW_SAMPLES:
+            raise ConfigError(f"window_samples must lie in {MIN_SAMPLES}..{WINDOW_SAMPLES}, got {window_samples}")
         super().__init__(feature_size, sampling_rate, padding_value, **kwargs)
         self.window_samples = window_samples
         self.token_stages = [list(stage) for stage in token_stages]
@@ -57,18 +71,19 @@ class MoweFeatureExtractor(SequenceFeatureExtractor):
             samples = (samples + padding - kernel) // stride + 1
         return samples
 
-    def __call__(
-        self, raw_speech: Any, sampling_rate: int | None = None, return_tensors: str | None = "pt", **kwargs: Any
-    ) -> BatchFeature:
+    def __call__(self, raw_speech: Any, sampling_rate: float | None = None, return_tensors: str = "pt") -> BatchFeature:
         """raw_speech: one clip or a list of clips, each in any form `mowe.audio.as_waveform` takes.
 
-        sampling_rate: of the clips given as arrays, 16 kHz by default; other rates are resampled.
+        sampling_rate: of the clips given as arrays, 16 kHz by default; other rates are resampled. return_tensors: "pt"
+        or "np".
         Returns input_features float32 [N, S] and input_features_mask int64 [N, S], one row a window, and for each clip
         the number of windows (`num_windows`) and of tokens (`num_audio_tokens`), as lists.
         Raises AudioError for audio that cannot be read.
         """
+        if return_tensors not in ("pt", "np"):
+            raise ConfigError(f"return_tensors must be 'pt' or 'np', got {return_tensors!r}")
         clips = raw_speech if _is_batch(raw_speech) else [raw_speech]
-        rate = sampling_rate or self.sampling_rate
+        rate = self.sampling_rate if sampling_rate is None else sampling_rate
         windows = [
             split_windows(as_waveform(clip, rate, f"audio {i}").cpu(), self.window_samples)
             for i, clip in enumerate(clips)
@@ -95,10 +110,6 @@ class MoweProcessor(ProcessorMixin):
     audio_token: what stands for one audio in a prompt; added to the tokenizer if it does not have it.
     """
 
-    attributes = ["feature_extractor", "tokenizer"]
-    feature_extractor_class = "MoweFeatureExtractor"
-    tokenizer_class = "AutoTokenizer"
-
     def __init__(
         self,
         feature_extractor: MoweFeatureExtractor,
@@ -107,23 +118,31 @@ class MoweProcessor(ProcessorMixin):
         audio_token: str = "<|audio|>",
     ):
         if tokenizer.pad_token_id is None:
+            if tokenizer.eos_token_id is None:
+                raise ConfigError("the tokenizer has neither a padding nor an end token")
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.add_special_tokens({"additional_special_tokens": [audio_token]}, replace_extra_special_tokens=False)
         self.audio_token = audio_token
         self.audio_token_id = tokenizer.convert_tokens_to_ids(audio_token)
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
 
-    @property
-    def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "input_features", "input_features_mask"]
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> MoweProcessor:
+        """As in transformers, but files that are missing or damaged raise CheckpointError."""
+        source = str(pretrained_model_name_or_path)
+        with naming(source):
+            check_source(source, "processor_config.json")
+            with reading("the processor"):
+                return super().from_pretrained(source, **kwargs)
 
     def __call__(
         self,
         text: str | Sequence[str],
         audio: Any = None,
-        sampling_rate: int | None = None,
+        sampling_rate: float | None = None,
         answers: str | Sequence[str] | None = None,
         return_tensors: str = "pt",
+        padding: bool | str = True,
         padding_side: str = "left",
         **kwargs: Any,
     ) -> BatchFeature:
@@ -132,23 +151,22 @@ class MoweProcessor(ProcessorMixin):
         text: prompts, each with `audio_token` once for every audio it speaks of. audio: the clips in the order of their
         tokens, as one list or one list per prompt; any form `mowe.audio.as_waveform` takes. sampling_rate: of clips
         given as arrays, 16 kHz by default. answers: for training; each is appended to its prompt with the end token,
-        and `labels` are -100 everywhere else.
+        and `labels` are -100 everywhere else. padding: True or "longest", the only way. kwargs: for the tokenizer.
         Returns input_ids and attention_mask [B, T], input_features and input_features_mask [N, S] if there is audio.
-        Raises AudioError where prompts and audio do not match or audio cannot be read.
+        Raises AudioError where prompts and audio do not match or audio cannot be read, ConfigError for settings that
+        are not supported.
         """
         if return_tensors != "pt":
             raise ConfigError(f"return_tensors must be 'pt', got {return_tensors!r}")
+        if padding not in (True, "longest"):
+            raise ConfigError(f"padding must be True or 'longest', got {padding!r}")
         prompts = [text] if isinstance(text, str) else list(text)
         inputs, counts = self._prepare_audio(prompts, audio, sampling_rate)
-        prompts = self._expand(prompts, counts)
-        if isinstance(answers, str):
-            answers = [answers]
-        if answers is not None and len(answers) != len(prompts):
-            raise ConfigError(f"{len(prompts)} prompts but {len(answers)} answers")
-        questions = self.tokenizer(prompts, **kwargs).input_ids
-        rows = (
-            [(q, []) for q in questions] if answers is None else list(zip(questions, self._tails(answers), strict=True))
-        )
+        questions = self._tokenize(self._expand(prompts, counts), **kwargs)
+        tails = [[]] * len(prompts) if answers is None else self._tails(answers)
+        if len(tails) != len(prompts):
+            raise ConfigError(f"{len(prompts)} prompts but {len(tails)} answers")
+        rows = list(zip(questions, tails, strict=True))
         ids = _pad([q + a for q, a in rows], self.tokenizer.pad_token_id, padding_side)
         mask = _pad([[1] * (len(q) + len(a)) for q, a in rows], 0, padding_side)
         data = {"input_ids": ids, "attention_mask": mask, **inputs}
@@ -162,41 +180,42 @@ class MoweProcessor(ProcessorMixin):
         chat_template: str | None = None,
         tokenize: bool = False,
         add_generation_prompt: bool = True,
-        sampling_rate: int | None = None,
+        sampling_rate: float | None = None,
         **kwargs: Any,
     ) -> str | list[str] | BatchFeature:
         """Prompts of one conversation or a batch of them, whose messages may hold {"type": "audio", "audio": clip}.
 
         An audio entry names its clip under "audio", "path" or "url" (a local path). With tokenize=True the result is
         that of calling the processor on the prompts and clips, else the prompts alone. The language model's own chat
-        template is used where it has one, the authors' prompt otherwise.
+        template is used where it has one, the authors' prompt otherwise. kwargs: settings of the processor's call
+        (answers, padding_side, ...); the others are for the template.
         """
         single = bool(conversation) and isinstance(conversation[0], dict)
         conversations = [conversation] if single else conversation
-        template = chat_template or self.chat_template or self.tokenizer.chat_template
+        call = {name: kwargs.pop(name) for name in _CALL_SETTINGS if name in kwargs}
+        kwargs.pop("return_dict", None)
+        template = chat_template or self.chat_template
+        plain = template is None and self.tokenizer.chat_template is None
         prompts, clips = [], []
         for messages in conversations:
             flat, audio = self._flatten(messages)
             clips.append(audio)
-            if template is None:
+            if plain:
                 prompts.append(_plain_prompt(flat, self.audio_token))
             else:
                 prompts.append(
                     self.tokenizer.apply_chat_template(
-                        flat, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+                        flat,
+                        chat_template=template,
+                        tokenize=False,
+                        add_generation_prompt=add_generation_prompt,
+                        **kwargs,
                     )
                 )
         if not tokenize:
             return prompts[0] if single else prompts
-        kwargs = {k: v for k, v in kwargs.items() if k not in ("return_dict", "padding")}
-        add_special = kwargs.pop("add_special_tokens", template is None)
-        return self(prompts, clips if any(clips) else None, sampling_rate, add_special_tokens=add_special, **kwargs)
-
-    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
-        return self.tokenizer.batch_decode(*args, **kwargs)
-
-    def decode(self, *args: Any, **kwargs: Any) -> str:
-        return self.tokenizer.decode(*args, **kwargs)
+        # A template writes the special tokens itself.
+        return self(prompts, clips, sampling_rate, **{"add_special_tokens": plain, **call})
 
     def _prepare_audio(
         self, prompts: list[str], audio: Any, sampling_rate: int | None
@@ -234,31 +253,49 @@ class MoweProcessor(ProcessorMixin):
             expanded.append(head + "".join(self.audio_token * next(left) + tail for tail in tails))
         return expanded
 
-    def _tails(self, answers: Sequence[str]) -> list[list[int]]:
+    def _tokenize(self, prompts: list[str], **kwargs: Any) -> list[list[int]]:
+        rows = self.tokenizer(prompts, **kwargs).input_ids
+        for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+            wanted, got = prompt.count(self.audio_token), row.count(self.audio_token_id)
+            if got != wanted:
+                raise AudioError(f"prompt {i}: its audio takes {wanted} tokens, the tokenizer left {got}")
+        return rows
+
+    def _tails(self, answers: str | Sequence[str]) -> list[list[int]]:
+        """Ids of each answer and the end token."""
+        answers = [answers] if isinstance(answers, str) else list(answers)
+        for i, answer in enumerate(answers):
+            if self.audio_token in answer:
+                raise AudioError(f"answer {i} has {self.audio_token}, audio belongs in the prompt")
         end = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
-        return [ids + end for ids in self.tokenizer(list(answers), add_special_tokens=False).input_ids]
+        return [ids + end for ids in self.tokenizer(answers, add_special_tokens=False).input_ids]
 
     def _flatten(self, messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, str]], list[Any]]:
         """Messages with plain text contents, audio entries turned into audio tokens, and the clips in order."""
         flat, clips = [], []
         for message in messages:
-            content = message["content"]
+            content = message.get("content") if isinstance(message, dict) else None
+            if not isinstance(content, str | list | tuple) or "role" not in message:
+                raise ConfigError(f"a message needs a 'role' and a 'content' of text or of parts, got {message!r}")
             if not isinstance(content, str):
-                parts = []
-                for part in content:
-                    if part.get("type") == "audio":
-                        clip = next((part[k] for k in ("audio", "path", "url") if part.get(k) is not None), None)
-                        if clip is None:
-                            raise AudioError("an audio entry of a message needs 'audio' or 'path'")
-                        clips.append(clip)
-                        parts.append(self.audio_token)
-                    elif part.get("type") == "text":
-                        parts.append(part["text"])
-                    else:
-                        raise ConfigError(f"a message part must be of type 'text' or 'audio', got {part.get('type')!r}")
-                content = "".join(parts)
-            flat.append({"role": message["role"], "content": content})
+                clips += [_clip_of(part) for part in content if _type_of(part) == "audio"]
+                content = "".join(self.audio_token if _type_of(part) == "audio" else part["text"] for part in content)
+            flat.append({**message, "content": content})
         return flat, clips
+
+
+def _type_of(part: Any) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind != "audio" and not (kind == "text" and isinstance(part.get("text"), str)):
+        raise ConfigError(f"a part of a message must be of type 'text', with a 'text', or 'audio', got {part!r}")
+    return kind
+
+
+def _clip_of(part: dict[str, Any]) -> Any:
+    for key in ("audio", "path", "url"):
+        if part.get(key) is not None:
+            return part[key]
+    raise AudioError(f"an audio part of a message needs an 'audio' or a 'path', got {part!r}")
 
 
 def _plain_prompt(messages: list[dict[str, str]], audio_token: str) -> str:
@@ -271,7 +308,7 @@ def _plain_prompt(messages: list[dict[str, str]], audio_token: str) -> str:
 
 def _is_batch(audio: Any) -> bool:
     """Whether this is a list of clips rather than one clip (a list of numbers is one clip)."""
-    return isinstance(audio, list | tuple) and not (audio and isinstance(audio[0], int | float))
+    return isinstance(audio, list | tuple) and not (audio and isinstance(audio[0], Real))
 
 
 def _pad(rows: list[list[int]], value: int, side: str) -> Tensor:

@@ -75,15 +75,15 @@ class MoweProjector(nn.Module):
 
         weights: float32 [B, k]. clocks: when the frames of each family happen.
         """
-        device = base.rows.device
+        device, dtype = base.rows.device, self.base_weight.dtype
         lengths = [list(base.lengths)]
         for stride in self.strides:
             lengths.append(projected_lengths(lengths[-1], [stride]))
         on_device = device_lengths(lengths, device)
         offsets = torch.nn.functional.pad(on_device.cumsum(1, dtype=torch.int32), (1, 0))
         h = mixture_project(
-            base.rows,
-            weak.rows,
+            base.rows.to(dtype),
+            [rows.to(dtype) for rows in weak.rows],
             weights,
             base_starts=base.starts,
             base_lengths=on_device[0],

@@ -16,7 +16,9 @@ from mowe_kernels.plan import device_lengths
 
 @dataclass(frozen=True)
 class Routing:
-    """weights: float32 [B, k]. indices: int64 [B, k], encoder of each slot. plan: how the pairs lie in memory."""
+    """weights: float32 [B, k], what scales each slot's features. indices: int64 [B, k], encoder of each slot.
+    plan: how the pairs lie in memory. logits: what the choice was made from, noise and temperature included.
+    """
 
     weights: Tensor
     indices: Tensor
@@ -75,5 +77,5 @@ class MoweRouter(nn.Module):
         if not self.config.scale_by_weight:
             return torch.ones_like(weights)
         if self.config.router_straight_through:
-            return 1.0 + weights - weights.detach()
+            return 1.0 + (weights - weights.detach())  # in this order it is exactly 1
         return weights

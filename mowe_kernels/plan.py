@@ -35,17 +35,21 @@ class PackLayout:
     num_levels: tuple[int, ...]
 
     @staticmethod
-    def build(family_of_encoder: Sequence[int], num_levels: Sequence[int], device: torch.device | None = None):
-        """Layout of a pool whose encoder e belongs to family `family_of_encoder[e]`."""
+    def build(
+        family_of_encoder: Sequence[int], num_levels: Sequence[int], device: torch.device | None = None
+    ) -> PackLayout:
+        """Layout of a pool whose encoder e belongs to family `family_of_encoder[e]`, with `num_levels` per family."""
         by_family = sorted(range(len(family_of_encoder)), key=lambda e: (family_of_encoder[e], e))
         rank = [0] * len(by_family)
         for place, encoder in enumerate(by_family):
             rank[encoder] = place
         sizes = [list(family_of_encoder).count(f) for f in range(len(num_levels))]
         bounds = [(sum(sizes[:f]), sum(sizes[: f + 1])) for f, n in enumerate(num_levels) for _ in range(n)]
-        as_int32 = {"dtype": torch.int32, "device": device}
         return PackLayout(
-            torch.tensor(rank, **as_int32), torch.tensor(bounds, **as_int32), tuple(sizes), tuple(num_levels)
+            torch.tensor(rank, dtype=torch.int32, device=device),
+            torch.tensor(bounds, dtype=torch.int32, device=device),
+            tuple(sizes),
+            tuple(num_levels),
         )
 
 
@@ -151,7 +155,7 @@ class PackPlan:
             if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
                 bound = int(cu_seqlens[-1])
             offsets = self.group_offsets[level, low : high + 1]
-            levels.append(Level(cu_seqlens, offsets, bound, max(self.lengths[level])))
+            levels.append(Level(cu_seqlens, offsets, bound, max(self.lengths[level], default=0)))
         return FamilyPlan(self.order // slots, self.encoder - low, tuple(levels))
 
 

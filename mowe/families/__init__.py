@@ -27,7 +27,7 @@ def family_class(model_type: str) -> type[EncoderFamily]:
 def find_encoder(module: nn.Module) -> PreTrainedModel:
     """The one supported encoder inside a transformers model (or the model itself). Raises ConfigError without one."""
     classes = tuple(family.encoder_class for family in FAMILIES.values())
-    found = [m for m in module.modules() if isinstance(m, classes)]
+    found = [m for m in module.modules() if isinstance(m, classes)] if isinstance(module, nn.Module) else []
     if len(found) != 1:
         raise ConfigError(
             f"{type(module).__name__} holds {len(found)} encoders of a supported type, expected one; "

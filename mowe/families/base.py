@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mowe.audio import AudioBatch
+from mowe.errors import ConfigError, naming
 from mowe.families.convert import Entry, encoder_state_dict, load_encoder
 from mowe.features import Spectrogram, normalize_waves
 from mowe_kernels import FamilyPlan, FrameClock
@@ -20,6 +21,8 @@ class ClipFeatures:
     """A batch of clips in every form an encoder takes, each computed once, when first asked for."""
 
     def __init__(self, audio: AudioBatch, context: Context):
+        if context not in get_args(Context):
+            raise ConfigError(f"context must be 'valid' or 'window', got {context!r}")
         self.audio = audio
         self.context = context
         self._spectrogram: Spectrogram | None = None
@@ -75,8 +78,19 @@ class EncoderFamily(nn.Module):
         raise NotImplementedError
 
     def level_lengths(self, samples: int, context: Context) -> list[int]:
-        """Frames of a clip of `samples` samples at each level, the last being the encoder's output."""
+        """Frames of a clip of `samples` samples at each level, the last being the encoder's output.
+
+        Raises AudioError for a clip that the encoder cannot take.
+        """
         raise NotImplementedError
+
+    def lengths(self, features: ClipFeatures) -> list[list[int]]:
+        """[num_levels][B]: frames of each clip at each level. Raises AudioError for a clip that cannot be taken."""
+        by_clip = []
+        for clip, samples in enumerate(features.audio.lengths):
+            with naming(f"clip {clip}"):
+                by_clip.append(self.level_lengths(samples, features.context))
+        return [list(level) for level in zip(*by_clip, strict=True)]
 
     def inputs(self, features: ClipFeatures) -> tuple[Tensor, Tensor]:
         """Packed input frames [S, C] of all clips and the first frame of each, int32 [B]."""
@@ -91,14 +105,19 @@ class EncoderFamily(nn.Module):
         raise NotImplementedError
 
     def forward(self, features: ClipFeatures, plan: FamilyPlan) -> Tensor:
-        """Rows [plan.rows.num_rows, hidden_size] of every pair of the plan that belongs to this family."""
+        """Rows [plan.rows.num_rows, hidden_size] of every pair of the plan that belongs to this family.
+
+        Computed in the parameters' dtype, autocast or not.
+        """
+        if not plan.rows.num_rows:  # known on the CPU alone: nobody chose an encoder of this family
+            return next(self.parameters()).new_empty(0, self.hidden_size)
         x, starts = self.inputs(features)
         x = x.to(self.dtype)
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
-            return self.encode(x, starts[plan.clip], plan)
-        # The CPU gains nothing from wide batches: one encoder at a time keeps its weights and rows in cache.
-        parts = [self.encode(x, starts[part.clip], part) for part in plan.by_encoder()]
-        return torch.cat(parts) if parts else x.new_empty(0, self.hidden_size)
+        with torch.autocast(x.device.type, enabled=False):
+            if x.device.type != "cpu" or torch.compiler.is_compiling():
+                return self.encode(x, starts[plan.clip], plan)
+            # The CPU gains nothing from wide batches: one encoder at a time keeps its weights and rows in cache.
+            return torch.cat([self.encode(x, starts[part.clip], part) for part in plan.by_encoder()])
 
     @property
     def dtype(self) -> torch.dtype:

@@ -78,13 +78,13 @@ def load_encoder(family: nn.Module, index: int, state_dict: dict[str, Tensor], e
     expected = {name for entry in entries for name in entry.theirs}
     missing, surplus = sorted(expected - state_dict.keys()), sorted(state_dict.keys() - expected)
     if missing or surplus:
-        raise CheckpointError(f"encoder {index}: missing keys {missing or 'none'}, surplus keys {surplus or 'none'}")
+        raise CheckpointError(f"missing keys {missing or 'none'}, surplus keys {surplus or 'none'}")
     stacked = dict(family.named_parameters())
     for entry in entries:
         value, target = entry.pack([state_dict[name] for name in entry.theirs]), stacked[entry.ours][index]
         if value.shape != target.shape:
             raise CheckpointError(
-                f"encoder {index}: {' + '.join(entry.theirs)} gives sizes {list(value.shape)}, "
+                f"{' + '.join(entry.theirs)} gives sizes {list(value.shape)}, "
                 f"expected {list(target.shape)} for {entry.ours}"
             )
         target.copy_(value)

@@ -165,6 +165,10 @@ class HubertFamily(EncoderFamily):
             h, norm.weight, norm.bias, encoder=encoder, cu_seqlens=rows.cu_seqlens, eps=norm.eps, activation="gelu"
         )
 
+    def reset_parameters(self) -> None:
+        if self.masked_spec_embed is not None:
+            nn.init.zeros_(self.masked_spec_embed)
+
     def entries(self) -> list[Entry]:
         entries = []
         for i, conv1d in enumerate(self.convs):

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import WhisperConfig
+from transformers import initialization as init
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from mowe.audio import WINDOW_SAMPLES
 from mowe.errors import AudioError, ConfigError
 from mowe.families.base import ClipFeatures, Context, EncoderFamily
 from mowe.families.convert import Entry, affine, conv, qkv
@@ -66,10 +68,15 @@ class WhisperFamily(EncoderFamily):
         return [(HOP, HOP, 0), (3, 2, 2)]
 
     def level_lengths(self, samples: int, context: Context) -> list[int]:
-        frames = 2 * self.max_frames if context == "window" else samples // HOP
-        if frames > 2 * self.max_frames:
-            most = 2 * self.max_frames * HOP
-            raise AudioError(f"a Whisper encoder takes at most {most} samples, got {samples}; cut longer audio first")
+        frames, most = samples // HOP, 2 * self.max_frames
+        if frames > most:
+            raise AudioError(
+                f"a Whisper encoder takes at most {most * HOP} samples, got {samples}; cut longer audio first"
+            )
+        if context == "window":
+            if most * HOP != WINDOW_SAMPLES:
+                raise ConfigError(f"context 'window' is 30 s, a Whisper encoder of {self.max_frames} frames is not")
+            frames = most
         return [frames, (frames + 1) // 2]
 
     def inputs(self, features: ClipFeatures) -> tuple[Tensor, Tensor]:
@@ -113,7 +120,8 @@ class WhisperFamily(EncoderFamily):
         frames, width = self.embed_positions.shape[1:]
         rates = torch.exp(-math.log(10_000) * torch.arange(width // 2) / (width // 2 - 1))
         angles = torch.arange(frames)[:, None] * rates
-        self.embed_positions.copy_(torch.cat((angles.sin(), angles.cos()), dim=1))
+        # Not the tensor's own copy_: this one leaves alone what came from a checkpoint.
+        init.copy_(self.embed_positions, torch.cat((angles.sin(), angles.cos()), dim=1))
 
     def entries(self) -> list[Entry]:
         entries = [Entry("embed_positions", ("embed_positions.weight",)), *affine("layer_norm", "layer_norm")]

@@ -10,8 +10,15 @@ import torch
 from mowe_kernels.backend import implementation
 
 
-def _devices(args: tuple[Any, ...]) -> torch.device:
+def _device(args: tuple[Any, ...]) -> torch.device:
     return next(a.device for a in args if isinstance(a, torch.Tensor))
+
+
+def _separate(result: Any) -> Any:
+    """A backend may return one empty tensor for all that nobody asked for; torch.library wants results apart."""
+    if isinstance(result, torch.Tensor):
+        return result if result.numel() else result.new_empty(result.shape)
+    return type(result)(map(_separate, result))
 
 
 class Op:
@@ -26,10 +33,12 @@ class Op:
         self.name = name
 
         def compute(*args: Any) -> Any:
-            return getattr(implementation(module, _devices(args)), function)(*args)
+            return getattr(implementation(module, _device(args)), function)(*args)
 
         self._compute = compute
-        self.op = torch.library.custom_op(f"mowe::{name}", compute, mutates_args=(), schema=schema)
+        self.op = torch.library.custom_op(
+            f"mowe::{name}", lambda *args: _separate(compute(*args)), mutates_args=(), schema=schema
+        )
         self.op.register_fake(fake)
 
     def __call__(self, *args: Any) -> Any:
@@ -100,6 +109,13 @@ def check_shape(op: str, name: str, tensor: torch.Tensor, expected: tuple[int | 
     if not fits:
         sizes = ", ".join("any" if e is None else str(e) for e in expected)
         raise ValueError(f"{op}: {name} must be {meaning} with sizes [{sizes}], got {list(tensor.shape)}")
+
+
+def check_dtype(op: str, x: torch.Tensor, **others: torch.Tensor | None) -> None:
+    """Raise ValueError unless the tensors that are there have the type of x."""
+    for name, tensor in others.items():
+        if tensor is not None:
+            check(tensor.dtype == x.dtype, op, f"{name} must be {x.dtype} as the rows are, got {tensor.dtype}")
 
 
 def empty(like: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mowe_kernels.ops._op import DifferentiableOp, Op, check, check_shape, empty, needs_grad, optional
+from mowe_kernels.ops._op import DifferentiableOp, Op, check, check_dtype, check_shape, empty, needs_grad, optional
 from mowe_kernels.ops.grouped_linear import ACTIVATIONS
 
 
@@ -31,9 +31,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
     needs = need_x, need_weight, need_bias, need_positions
     grads = (None,) * 4
     if any(needs):
-        grads = _backward_op(
-            grad, *ctx.saved_tensors, ctx.stride, ctx.padding, ctx.groups, ctx.activation, *needs
-        )
+        grads = _backward_op(grad, *ctx.saved_tensors, ctx.stride, ctx.padding, ctx.groups, ctx.activation, *needs)
     *grads, grad_positions = map(optional, grads)
     return *grads, *(None,) * 4, grad_positions, grad if need_residual else None, *(None,) * 6
 
@@ -98,15 +96,18 @@ def grouped_conv1d(
     positions: [E, Tmax, N]. residual: [num_rows, N]. activation: "" or "gelu" (erf).
     Returns [num_rows, N]; rows past cu_seqlens[-1] are unspecified.
     Floor: 2 R N taps C / groups FLOPs for R output rows; S C + R N elements moved.
-    Raises ValueError for shapes that do not fit.
+    Raises ValueError for shapes or types that do not fit.
     """
     op = "grouped_conv1d"
     check_shape(op, "x", x, (None, None), "input frames [S, C]")
-    check(x.shape[1] % groups == 0, op, f"{groups} groups do not divide {x.shape[1]} channels")
+    check(stride > 0, op, f"stride must be positive, got {stride}")
+    check(padding >= 0, op, f"padding must not be negative, got {padding}")
+    check(groups > 0 and x.shape[1] % groups == 0, op, f"{groups} groups do not divide {x.shape[1]} channels")
     check_shape(
         op, "weight", weight, (None, None, None, x.shape[1] // groups), "stacked weights [E, N, taps, C/groups]"
     )
     encoders, n = weight.shape[:2]
+    check(n % groups == 0, op, f"{groups} groups do not divide {n} channels")
     check_shape(op, "starts", starts, (None,), "first frame of each sequence [P]")
     pairs = starts.shape[0]
     for name, tensor, shape, meaning in (
@@ -120,6 +121,7 @@ def grouped_conv1d(
         if tensor is not None:
             check_shape(op, name, tensor, shape, meaning)
     check(activation in ACTIVATIONS, op, f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    check_dtype(op, x, weight=weight, bias=bias)
     save_pre = activation != "" and needs_grad(x, weight, bias)
     return _op(
         x, weight, bias, starts, lengths, encoder, cu_seqlens, positions, residual,

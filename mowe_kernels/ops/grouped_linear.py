@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mowe_kernels.ops._op import DifferentiableOp, Op, check, check_shape, empty, needs_grad, optional
+from mowe_kernels.ops._op import DifferentiableOp, Op, check, check_dtype, check_shape, empty, needs_grad, optional
 
 ACTIVATIONS = ("", "gelu")
 
@@ -17,10 +17,9 @@ def _fake(x, weight, bias, group_offsets, residual, row_scale, activation, save_
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, weight, bias, group_offsets, residual, row_scale, activation, _ = inputs
+    x, weight, _, group_offsets, _, row_scale, ctx.activation, _ = inputs
     ctx.save_for_backward(x, weight, group_offsets, row_scale, output[1])
     ctx.mark_non_differentiable(output[1])
-    ctx.activation = activation
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
@@ -79,7 +78,7 @@ def grouped_linear(
     activation: "" or "gelu" (erf). residual: [R, N]. row_scale: [R].
     Returns [R, N] in the type of x, accumulated in float32; rows past group_offsets[-1] are unspecified.
     Floor: 2 R N K FLOPs; R (K + N) + E N K elements moved.
-    Raises ValueError for shapes that do not fit or an unknown activation.
+    Raises ValueError for shapes or types that do not fit or an unknown activation.
     """
     check_shape("grouped_linear", "x", x, (None, None), "packed rows [R, K]")
     rows, k = x.shape
@@ -94,6 +93,7 @@ def grouped_linear(
         if tensor is not None:
             check_shape("grouped_linear", name, tensor, shape, meaning)
     check(activation in ACTIVATIONS, "grouped_linear", f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    check_dtype("grouped_linear", x, weight=weight, bias=bias)
     scale_learns = row_scale is not None and needs_grad(row_scale)
     save_pre = scale_learns or (activation != "" and needs_grad(x, weight, bias))
     return _op(x, weight, bias, group_offsets, residual, row_scale, activation, save_pre)[0]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mowe_kernels.ops._op import DifferentiableOp, Op, check, check_shape, empty, optional
+from mowe_kernels.ops._op import DifferentiableOp, Op, check, check_dtype, check_shape, empty, optional
 
 
 def _fake(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, group_offsets, eps):
@@ -79,7 +79,8 @@ def grouped_mlp(
     x: [R, D] packed rows. norm_weight, norm_bias: [E, D]. fc1_weight: [E, F, D], fc1_bias: [E, F],
     fc2_weight: [E, D, F], fc2_bias: [E, D]. group_offsets: int32 [E+1].
     Returns [R, D]; rows past group_offsets[-1] are unspecified. The backward recomputes the hidden values.
-    Floor: 4 R D F FLOPs; 2 R D + 2 E D F elements moved. Raises ValueError for shapes that do not fit.
+    Floor: 4 R D F FLOPs; 2 R D + 2 E D F elements moved. Raises ValueError for shapes or
+    types that do not fit.
     """
     op, d = "grouped_mlp", x.shape[-1]
     check_shape(op, "x", x, (None, None), "packed rows [R, D]")
@@ -96,4 +97,5 @@ def grouped_mlp(
     ):
         if tensor is not None:
             check_shape(op, name, tensor, shape, meaning)
+    check_dtype(op, x, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
     return _op(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, group_offsets, eps)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mowe_kernels.ops._op import DifferentiableOp, Op, check, check_shape, empty, needs_grad, optional
+from mowe_kernels.ops._op import DifferentiableOp, Op, check, check_dtype, check_shape, empty, needs_grad, optional
 from mowe_kernels.ops.grouped_linear import ACTIVATIONS
 
 
@@ -34,7 +34,7 @@ def _fake(
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     (
-        base, base_starts, base_lengths, rows, row_offsets, position, weights, base_weight, row_weights, bias,
+        base, base_starts, base_lengths, rows, row_offsets, position, weights, base_weight, row_weights, _,
         ctx.alignment, cu_seqlens, _, ctx.stride, ctx.padding, ctx.activation, _,
     ) = inputs  # fmt: skip
     ctx.families = len(rows)
@@ -125,9 +125,11 @@ def mixture_project(
 
     Output frame u of clip b is act(bias + sum over taps j of base_weight[:, j] @ base[t] + sum over slots s of
     weights[b, s] * row_weights[f][s, :, j] @ weak[s, t]) with t = u * stride + j - padding. weak[s, t] is the frame of
-    the slot's encoder (of family f) nearest in time to base frame t; frames outside a clip are zero. Stacking s frames
-    before a linear layer is the case taps = stride = s. Which columns a slot of a family meets is our choice: the
-    paper concatenates, and encoders of different widths cannot share columns.
+    the slot's encoder (of family f) nearest in time to base frame t, the later of two; frames outside a clip are zero,
+    but for one just past either end of the encoder's frames, which the last one before it stands in for: clocks of
+    equal rate end within a frame of each other. Stacking s frames before a linear layer is the case taps = stride = s.
+    Which columns a slot of a family meets is our choice: the paper concatenates, and encoders of different widths
+    cannot share columns.
 
     base: [Rb, Db] packed frames; clip b's are base_starts[b] .. + base_lengths[b] (int32 [B]). rows: per family
     [R_f, D_f]. row_offsets: per family int32 [P+1]. position: int32 [B, k], sorted pair serving each slot.
@@ -136,25 +138,35 @@ def mixture_project(
     cu_seqlens[-1]. activation: "" or "gelu" (erf).
     Returns [num_rows, N]; rows past cu_seqlens[-1] are unspecified.
     Floor: 2 R N taps (Db + sum of the slots' widths) FLOPs; every feature read once.
-    Raises ValueError for shapes that do not fit.
+    Raises ValueError for shapes or types that do not fit.
     """
     op = "mixture_project"
     check_shape(op, "base", base, (None, None), "packed base frames [Rb, Db]")
     check_shape(
         op, "base_weight", base_weight, (None, None, base.shape[1]), "weights of the base features [N, taps, Db]"
     )
-    check_shape(op, "weights", weights, (base_starts.shape[0], None), "slot weights [B, k]")
-    check_shape(op, "position", position, tuple(weights.shape), "sorted pair of each slot [B, k]")
     n, taps, _ = base_weight.shape
+    check_shape(op, "base_starts", base_starts, (None,), "first frame of each clip [B]")
+    batch = base_starts.shape[0]
+    check_shape(op, "base_lengths", base_lengths, (batch,), "frames of each clip [B]")
+    check_shape(op, "weights", weights, (batch, None), "slot weights [B, k]")
+    check_shape(op, "position", position, tuple(weights.shape), "sorted pair of each slot [B, k]")
     count = len(rows)
     for name, given in (("row_offsets", row_offsets), ("row_weights", row_weights), ("row_clocks", row_clocks)):
         check(len(given) == count, op, f"{name} must have one entry per family ({count}), got {len(given)}")
-    for r, w in zip(rows, row_weights, strict=True):
-        check_shape(
-            op, "row_weights", w, (weights.shape[1], n, taps, r.shape[1]), "weights of the slots [k, N, taps, D]"
-        )
-    check_shape(op, "cu_seqlens", cu_seqlens, (base_starts.shape[0] + 1,), "row offsets [B+1]")
+    for f, (r, o, w) in enumerate(zip(rows, row_offsets, row_weights, strict=True)):
+        check_shape(op, f"rows[{f}]", r, (None, None), "packed rows [R, D]")
+        check_shape(op, f"row_offsets[{f}]", o, (position.numel() + 1,), "first row of each pair [P+1]")
+        sizes = weights.shape[1], n, taps, r.shape[1]
+        check_shape(op, f"row_weights[{f}]", w, sizes, "weights of the slots [k, N, taps, D]")
+    if bias is not None:
+        check_shape(op, "bias", bias, (n,), "biases [N]")
+    check_shape(op, "cu_seqlens", cu_seqlens, (batch + 1,), "row offsets [B+1]")
+    check(stride > 0, op, f"stride must be positive, got {stride}")
+    check(padding >= 0, op, f"padding must not be negative, got {padding}")
     check(activation in ACTIVATIONS, op, f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    named = {f"{name}[{f}]": t for name, ts in (("rows", rows), ("row_weights", row_weights)) for f, t in enumerate(ts)}
+    check_dtype(op, base, base_weight=base_weight, bias=bias, **named)
     alignment = [number for clock in row_clocks for number in base_clock.align(clock)]
     save_pre = activation != "" and needs_grad(base, *rows, weights, base_weight, *row_weights, bias)
     return _op(

@@ -76,7 +76,7 @@ def route_topk(
     Raises ValueError for shapes that do not fit and for more slots than encoders.
     """
     encoders = rank.shape[0]
-    check(top_k + top_k_independent > 0, "route_topk", "no slots: top_k and top_k_independent are both 0")
+    check(top_k or top_k_independent, "route_topk", "no slots: top_k and top_k_independent are both 0")
     for name, k, tensor, shape in (
         ("logits", top_k, logits, (lengths.shape[-1], encoders)),
         ("learned_logits", top_k_independent, learned_logits, (encoders,)),

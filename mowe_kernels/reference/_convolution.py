@@ -1,8 +1,7 @@
-"""Convolution of one sequence of frames [T, C], for the plain torch ops.
+"""Convolution of one sequence of frames as matrix products over its windows, for the plain torch ops.
 
-Weights are [N, taps, C / groups]. Output frame u sees input frames u * stride + j - padding for j in 0..taps-1; frames
-outside the sequence are zero. Without groups a window is a run of memory and the convolution a matrix product over
-windows; with groups it is torch's own.
+Frames x are [T, C], weights [N, taps, C]. Output frame u sees frames u * stride + j - padding for j in 0..taps-1;
+frames outside the sequence are zero.
 """
 
 from __future__ import annotations
@@ -16,21 +15,12 @@ from mowe_kernels.reference._rows import add_product
 
 # Elements of unfolded windows held at a time.
 UNFOLDED = 1 << 22
-# torch prepares its convolution anew for every length it meets, so lengths are rounded up to this many frames.
-FRAMES = 64
 
 
-def convolve_into(
-    y: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, *, groups: int = 1, scale: float = 1.0
-) -> None:
-    """y [U, N] += scale * convolution of x [T, C]."""
-    taps, frames = weight.shape[1], y.shape[0]
-    if groups > 1:
-        padded = _pad(x, padding, _needed(_round_up(frames), taps, stride))
-        result = torch.nn.functional.conv2d(_image(padded), _filters(weight), stride=(1, stride), groups=groups)
-        y.add_(_frames(result)[:frames], alpha=scale)
-        return
-    for part, unfolded in _windows(_pad(x, padding, _needed(frames, taps, stride)), frames, taps, stride):
+def convolve_into(y: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, scale: float = 1.0) -> None:
+    """y [U, N] += scale * the convolution."""
+    taps = weight.shape[1]
+    for part, unfolded in _windows(pad_frames(x, padding, y.shape[0], taps, stride), y.shape[0], taps, stride):
         add_product(y[part], unfolded, weight.flatten(1).T, scale)
 
 
@@ -40,17 +30,62 @@ def convolve_backward(
     weight: Tensor,
     stride: int,
     padding: int,
-    *,
-    groups: int = 1,
     scale: float = 1.0,
-    grad_x: Tensor | None = None,
-    grad_weight: Tensor | None = None,
+    *,
+    need_x: bool,
+    grad_weight: Tensor | None,
     grad_scale: Tensor | None = None,
-) -> None:
-    """Add the gradients of x, weight and scale to those given (None: not wanted)."""
-    taps, frames = weight.shape[1], grad.shape[0]
-    if groups > 1:
-        frames = _round_up(frames)
-        grad = torch.nn.functional.pad(grad, (0, 0, 0, frames - grad.shape[0]))
-    padded = _pad(x, padding, _needed(frames, taps, stride))
-    ...
+) -> Tensor | None:
+    """Gradient of x, if needed; those of weight and scale are added to grad_weight and grad_scale, where given."""
+    frames, taps, matrix = grad.shape[0], weight.shape[1], weight.flatten(1)
+    padded = pad_frames(x, padding, frames, taps, stride)
+    grad_padded = torch.zeros_like(padded) if need_x else None
+    for part, unfolded in _windows(padded, frames, taps, stride):
+        if grad_weight is not None:
+            add_product(grad_weight.view(matrix.shape), grad[part].T, unfolded, scale)
+        if not need_x and grad_scale is None:
+            continue
+        grad_windows = grad[part] @ matrix
+        if grad_scale is not None:
+            grad_scale += (grad_windows * unfolded).sum(dtype=grad_scale.dtype)
+        if need_x:
+            _fold(grad_padded, grad_windows, part.start, taps, stride)
+    return unpad_frames(grad_padded, padding, x.shape[0]) * scale if need_x else None
+
+
+def pad_frames(x: Tensor, padding: int, frames_out: int, taps: int, stride: int) -> Tensor:
+    """The frames that `frames_out` windows see, contiguous: zeros before x and after it, surplus frames cut."""
+    needed = (frames_out - 1) * stride + taps
+    x = x[: max(needed - padding, 0)]
+    after = max(needed - padding - x.shape[0], 0)
+    if padding or after:
+        x = torch.nn.functional.pad(x, (0, 0, padding, after))
+    return x[:needed].contiguous()
+
+
+def unpad_frames(padded: Tensor, padding: int, frames: int) -> Tensor:
+    """Transpose of `pad_frames`: frames that no window sees get zero."""
+    seen = padded[padding : padding + frames]
+    return torch.nn.functional.pad(seen, (0, 0, 0, frames - seen.shape[0]))
+
+
+def _windows(padded: Tensor, frames_out: int, taps: int, stride: int) -> Iterator[tuple[slice, Tensor]]:
+    """(output frames, their windows [frames, taps * C]).
+
+    A window is a run of memory, so the unfolded matrix is a view until the product reads it.
+    """
+    channels = padded.shape[1]
+    size = max(1, UNFOLDED // (taps * channels))
+    for start in range(0, frames_out, size):
+        frames = min(size, frames_out - start)
+        unfolded = padded[start * stride :].as_strided((frames, taps * channels), (stride * channels, 1))
+        yield slice(start, start + frames), unfolded
+
+
+def _fold(grad_padded: Tensor, grad_windows: Tensor, start: int, taps: int, stride: int) -> None:
+    """Add window gradients [frames, taps * C] to the frames they were read from."""
+    frames = grad_windows.shape[0]
+    by_tap = grad_windows.view(frames, taps, -1)
+    for tap in range(taps):
+        first = start * stride + tap
+        grad_padded[first : first + (frames - 1) * stride + 1 : stride] += by_tap[:, tap]

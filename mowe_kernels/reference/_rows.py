@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -15,7 +16,7 @@ CHUNK = 1024
 def groups(group_offsets: Tensor) -> Iterator[tuple[int, slice]]:
     """(encoder, its rows), empty ones left out."""
     bounds = group_offsets.tolist()
-    for group, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for group, (start, stop) in enumerate(pairwise(bounds)):
         if start < stop:
             yield group, slice(start, stop)
 
@@ -40,10 +41,7 @@ def clear_tail(rows: Tensor, offsets: Tensor) -> Tensor:
 
 
 def sums(like: Tensor, needed: bool) -> Tensor:
-    """Zeros to add up the gradient of `like` in, in the accumulation type; empty where nobody asked for it.
-
-    One tensor for each result even where empty: torch.compile refuses results that share memory.
-    """
+    """Zeros to add up the gradient of `like` in, in the accumulation type; empty where nobody asked for it."""
     return like.new_zeros(like.shape if needed else 0, dtype=accumulation_dtype(like.dtype))
 
 

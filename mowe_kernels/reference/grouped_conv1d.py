@@ -1,8 +1,4 @@
-"""Plain torch `grouped_conv1d`: one sequence at a time.
-
-Without groups, a matrix product over its windows; with groups, where windows are not runs of memory, torch's own
-convolution.
-"""
+"""Plain torch `grouped_conv1d`: one sequence at a time."""
 
 from __future__ import annotations
 
@@ -11,11 +7,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mowe_kernels.reference._rows import add_product, clear_tail, sums
-from mowe_kernels.reference._windows import fold, frames_needed, pad_frames, unpad, windows
-from mowe_kernels.reference.grouped_linear import activate_into, linear_into
+from mowe_kernels.reference._convolution import convolve_backward, convolve_into, pad_frames, unpad_frames
+from mowe_kernels.reference._rows import clear_tail, sums
+from mowe_kernels.reference.grouped_linear import activate_into
 
-# torch prepares a convolution for every length it meets: lengths are rounded up to this many frames.
+# torch prepares its convolution anew for every length it meets, so lengths are rounded up to this many frames.
 _FRAMES = 64
 
 
@@ -36,30 +32,131 @@ def forward(
     activation: str,
     save_pre: bool,
 ) -> tuple[Tensor, Tensor]:
-    n, taps = weight.shape[1:3]
-    out = x.new_empty(num_rows, n)
+    out = x.new_empty(num_rows, weight.shape[1])
     pre = torch.empty_like(out) if save_pre else x.new_empty(0)
     for e, source, rows in sequences(starts, lengths, encoder, cu_seqlens):
-        own_bias = None if bias is None else bias[e]
-        frames_out = rows.stop - rows.start
-        if groups > 1:
-            image = _image(pad_frames(x[source], padding, frames_needed(_round_up(frames_out), taps, stride)))
-            y = torch.nn.functional.conv2d(image, _filters(weight[e]), own_bias, (1, stride), groups=groups)
-            parts = [(slice(0, frames_out), _frames(y)[:frames_out])]
+        y = (pre if save_pre else out)[rows]
+        y.zero_() if bias is None else y.copy_(bias[e].expand_as(y))
+        if groups == 1:
+            convolve_into(y, x[source], weight[e], stride, padding)
         else:
-            padded = pad_frames(x[source], padding, frames_needed(frames_out, taps, stride))
-            parts = windows(padded, frames_out, taps, stride)
-        for part, values in parts:
-            at = slice(rows.start + part.start, rows.start + part.stop)
-            y = (pre if save_pre else out)[at]
-            if groups > 1:
-                y.copy_(values)
-            else:
-                linear_into(y, values, weight[e].flatten(1), own_bias)
-            activate_into(out[at], y, activation)
-            if positions is not None:
-                out[at].add_(positions[e, part])
-            if residual is not None:
-                out[at].add_(residual[at])
+            _convolve_groups_into(y, x[source], weight[e], stride, padding, groups)
+        activate_into(out[rows], y, activation)
+        if positions is not None:
+            out[rows].add_(positions[e, : y.shape[0]])
+        if residual is not None:
+            out[rows].add_(residual[rows])
     clear_tail(out, cu_seqlens)
     return out, clear_tail(pre, cu_seqlens) if save_pre else pre
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    encoder: Tensor,
+    cu_seqlens: Tensor,
+    positions: Tensor | None,
+    pre: Tensor,
+    stride: int,
+    padding: int,
+    groups: int,
+    activation: str,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+    need_positions: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_x, grad_weight = sums(x, need_x), sums(weight, need_weight)
+    grad_bias = sums(weight[:, :, 0, 0], need_bias)
+    grad_positions = sums(positions, True) if need_positions else x.new_empty(0)
+    for e, source, rows in sequences(starts, lengths, encoder, cu_seqlens):
+        g = grad[rows]
+        if need_positions:
+            grad_positions[e, : g.shape[0]] += g
+        if not (need_x or need_weight or need_bias):
+            continue
+        if activation == "gelu":
+            g = torch.ops.aten.gelu_backward(g, pre[rows])
+        if need_bias:
+            grad_bias[e] += g.sum(0, dtype=grad_bias.dtype)
+        if not (need_x or need_weight):
+            continue
+        into = {"need_x": need_x, "grad_weight": grad_weight[e] if need_weight else None}
+        if groups == 1:
+            grad_frames = convolve_backward(g, x[source], weight[e], stride, padding, **into)
+        else:
+            grad_frames = _convolve_groups_backward(g, x[source], weight[e], stride, padding, groups, **into)
+        if need_x:
+            grad_x[source] += grad_frames
+    return (
+        grad_x.to(x.dtype),
+        grad_weight.to(weight.dtype),
+        grad_bias.to(weight.dtype),
+        grad_positions if positions is None else grad_positions.to(positions.dtype),
+    )
+
+
+def sequences(
+    starts: Tensor, lengths: Tensor, encoder: Tensor, cu_seqlens: Tensor
+) -> Iterator[tuple[int, slice, slice]]:
+    """(encoder, input frames, output rows) of each sequence that has any."""
+    bounds = cu_seqlens.tolist()
+    for e, start, length, first, last in zip(
+        encoder.tolist(), starts.tolist(), lengths.tolist(), bounds, bounds[1:], strict=False
+    ):
+        if first < last:
+            yield e, slice(start, start + length), slice(first, last)
+
+
+def _convolve_groups_into(y: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, groups: int) -> None:
+    """y [U, N] += the convolution with groups, whose windows are no runs of memory: left to torch."""
+    frames = _round_up(y.shape[0])
+    image = _image(pad_frames(x, padding, frames, weight.shape[1], stride))
+    result = torch.nn.functional.conv2d(image, _filters(weight), stride=(1, stride), groups=groups)
+    y += _frames(result)[: y.shape[0]]
+
+
+def _convolve_groups_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: int,
+    padding: int,
+    groups: int,
+    *,
+    need_x: bool,
+    grad_weight: Tensor | None,
+) -> Tensor | None:
+    """Gradient of x, if needed; that of weight is added to grad_weight, if given."""
+    frames, need_weight = _round_up(grad.shape[0]), grad_weight is not None
+    filters = _filters(weight)
+    grad_image, grad_filters, _ = torch.ops.aten.convolution_backward(
+        _image(pad_frames(grad, 0, frames, 1, 1)),
+        _image(pad_frames(x, padding, frames, weight.shape[1], stride)),
+        filters.contiguous() if need_weight else filters,  # with channels last, torch's float64 gradient is wrong
+        None, (1, stride), (0, 0), (1, 1), False, (0, 0), groups, (need_x, need_weight, False),
+    )  # fmt: skip
+    if need_weight:
+        grad_weight += grad_filters[:, :, 0].mT
+    return unpad_frames(_frames(grad_image), padding, x.shape[0]) if need_x else None
+
+
+def _round_up(frames: int) -> int:
+    return -(-frames // _FRAMES) * _FRAMES
+
+
+def _image(frames: Tensor) -> Tensor:
+    """Frames [T, C] as the image [1, C, 1, T] that they are with channels last."""
+    return frames.T[None, :, None]
+
+
+def _frames(image: Tensor) -> Tensor:
+    return image[0, :, 0].T
+
+
+def _filters(weight: Tensor) -> Tensor:
+    """[N, taps, C / groups] -> [N, C / groups, 1, taps]."""
+    return weight.mT[:, :, None]

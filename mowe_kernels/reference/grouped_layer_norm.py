@@ -32,28 +32,32 @@ def backward(
     grad_x = x.new_empty(x.shape if need_x else 0)
     grad_weight, grad_bias = sums(weight, need_parameters), sums(bias, need_parameters)
     for e, rows in chunks(group_offsets):
-        g, normed, rstd = grad[rows], *normalise(x[rows], eps)
+        norm = WideNorm(x[rows], weight[e], bias[e], eps)
+        g = grad[rows].to(norm.out.dtype)
         if activation == "gelu":
-            g = torch.ops.aten.gelu_backward(g, (normed * weight[e] + bias[e]).to(g.dtype))
+            g = torch.ops.aten.gelu_backward(g, norm.out)
+        grad_rows, *grad_parameters = norm.backward(g, need_x, need_parameters)
         if need_x:
-            grad_x[rows] = through_norm(g * weight[e], normed, rstd)
+            grad_x[rows] = grad_rows
         if need_parameters:
-            grad_weight[e] += (g * normed).sum(0)
-            grad_bias[e] += g.sum(0, dtype=grad_bias.dtype)
+            grad_weight[e] += grad_parameters[0]
+            grad_bias[e] += grad_parameters[1]
     if need_x:
         clear_tail(grad_x, group_offsets)
     return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
 
 
-def normalise(x: Tensor, eps: float, dim: int = -1) -> tuple[Tensor, Tensor]:
-    """(x - mean) / std along a dimension and 1 / std, in the accumulation type."""
-    x = x.to(accumulation_dtype(x.dtype))
-    variance, mean = torch.var_mean(x, dim, correction=0, keepdim=True)
-    rstd = (variance + eps).rsqrt()
-    return (x - mean) * rstd, rstd
+class WideNorm:
+    """LayerNorm of rows [R, D] in the accumulation type, kept for its backward."""
 
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float):
+        dtype = accumulation_dtype(x.dtype)
+        self._inputs = x.to(dtype), weight.to(dtype), bias.to(dtype)
+        x, *parameters = self._inputs
+        self.out, *self._statistics = torch.native_layer_norm(x, x.shape[1:], *parameters, eps)
 
-def through_norm(grad: Tensor, normed: Tensor, rstd: Tensor, dim: int = -1) -> Tensor:
-    """Gradient of the input of `normalise` from the gradient of its result."""
-    along = (grad * normed).mean(dim, keepdim=True)
-    return (grad - grad.mean(dim, keepdim=True) - normed * along) * rstd
+    def backward(self, grad: Tensor, need_x: bool, need_parameters: bool) -> tuple[Tensor | None, ...]:
+        """Gradients of x, weight and bias, None where not needed."""
+        x, *parameters = self._inputs
+        mask = (need_x, need_parameters, need_parameters)
+        return torch.ops.aten.native_layer_norm_backward(grad, x, x.shape[1:], *self._statistics, *parameters, mask)

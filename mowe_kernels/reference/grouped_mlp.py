@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mowe_kernels.reference._rows import add_product, chunks, clear_tail, sums
-from mowe_kernels.reference.grouped_layer_norm import normalise, through_norm
+from mowe_kernels.reference.grouped_layer_norm import WideNorm
 
 
 def forward(
@@ -54,8 +54,8 @@ def backward(
         if norm_weight is None:
             h = x[rows]
         else:
-            normed, rstd = normalise(x[rows], eps)
-            h = (normed * norm_weight[e] + norm_bias[e]).to(x.dtype)
+            norm = WideNorm(x[rows], norm_weight[e], norm_bias[e], eps)
+            h = norm.out.to(x.dtype)
         pre = torch.addmm(fc1_bias[e], h, fc1_weight[e].T)
         grad_pre = torch.ops.aten.gelu_backward(g @ fc2_weight[e], pre)
         if need_parameters:
@@ -67,10 +67,10 @@ def backward(
             continue
         grad_h = grad_pre @ fc1_weight[e]
         if norm_weight is not None:
+            grad_h, *grad_norm = norm.backward(grad_h.to(norm.out.dtype), need_x, need_parameters)
             if need_parameters:
-                grad_norm_weight[e] += (grad_h * normed).sum(0)
-                grad_norm_bias[e] += grad_h.sum(0, dtype=grad_norm_bias.dtype)
-            grad_h = through_norm(grad_h * norm_weight[e], normed, rstd)
+                grad_norm_weight[e] += grad_norm[0]
+                grad_norm_bias[e] += grad_norm[1]
         if need_x:
             grad_x[rows] = grad_h + g
     if need_x:

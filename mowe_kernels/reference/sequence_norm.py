@@ -1,12 +1,14 @@
-"""Plain torch `sequence_norm`."""
+"""Plain torch `sequence_norm`: statistics of each sequence, then its frames a slice at a time."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from mowe_kernels.reference._rows import clear_tail, groups, sums
-from mowe_kernels.reference.grouped_layer_norm import normalise, through_norm
+from mowe_kernels.dtypes import accumulation_dtype
+from mowe_kernels.reference._rows import blocks, clear_tail, groups, sums
 from mowe_kernels.reference.grouped_linear import activate_into
 
 
@@ -16,9 +18,11 @@ def forward(
     out = x.new_empty(x.shape)
     encoders = encoder.tolist()
     for p, seq in groups(cu_seqlens):
-        normed, _ = normalise(x[seq], eps, dim=0)
-        y = torch.addcmul(bias[encoders[p]], normed, weight[encoders[p]]).to(x.dtype)
-        activate_into(out[seq], y, activation)
+        mean, rstd = _statistics(x, seq, eps)
+        scale = weight[encoders[p]] * rstd
+        shift = bias[encoders[p]] - mean * scale
+        for rows in blocks(seq):
+            activate_into(out[rows], torch.addcmul(shift, x[rows], scale).to(x.dtype), activation)
     return clear_tail(out, cu_seqlens)
 
 
@@ -37,16 +41,39 @@ def backward(
     grad_x = x.new_empty(x.shape if need_x else 0)
     grad_weight, grad_bias = sums(weight, need_parameters), sums(bias, need_parameters)
     encoders = encoder.tolist()
+
+    def parts(seq: slice, w: Tensor, b: Tensor, mean: Tensor, rstd: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(rows, their normalised values, the gradient of weight * those + bias)"""
+        for rows in blocks(seq):
+            normed = torch.addcmul(-mean * rstd, x[rows], rstd)
+            g = grad[rows].to(normed.dtype)
+            yield rows, normed, torch.ops.aten.gelu_backward(g, b.addcmul(normed, w)) if activation == "gelu" else g
+
     for p, seq in groups(cu_seqlens):
-        e, g = encoders[p], grad[seq]
-        normed, rstd = normalise(x[seq], eps, dim=0)
-        if activation == "gelu":
-            g = torch.ops.aten.gelu_backward(g, (normed * weight[e] + bias[e]).to(g.dtype))
-        if need_x:
-            grad_x[seq] = through_norm(g * weight[e], normed, rstd, dim=0)
+        mean, rstd = _statistics(x, seq, eps)
+        w, b = (parameter[encoders[p]].to(mean.dtype) for parameter in (weight, bias))
+        along, total = torch.zeros_like(mean), torch.zeros_like(mean)
+        for _, normed, g in parts(seq, w, b, mean, rstd):
+            along += (g * normed).sum(0)
+            total += g.sum(0)
         if need_parameters:
-            grad_weight[e] += (g * normed).sum(0)
-            grad_bias[e] += g.sum(0, dtype=grad_bias.dtype)
+            grad_weight[encoders[p]] += along
+            grad_bias[encoders[p]] += total
+        if need_x:
+            scale = w * rstd
+            of_mean, of_variance = (-scale * part / (seq.stop - seq.start) for part in (total, along))
+            for rows, normed, g in parts(seq, w, b, mean, rstd):
+                grad_x[rows] = of_mean.addcmul(normed, of_variance).addcmul_(g, scale)
     if need_x:
         clear_tail(grad_x, cu_seqlens)
     return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
+
+
+def _statistics(x: Tensor, seq: slice, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / std of each channel over the frames of a sequence, in the accumulation type."""
+    frames = seq.stop - seq.start
+    mean = x[seq].sum(0, dtype=accumulation_dtype(x.dtype)) / frames
+    squares = torch.zeros_like(mean)
+    for rows in blocks(seq):
+        squares += (x[rows] - mean).square_().sum(0)
+    return mean, (squares / frames + eps).rsqrt()

@@ -1,4 +1,4 @@
-"""Plain torch `varlen_attention`: one sequence at a time, no padding."""
+"""Plain torch `varlen_attention`: one sequence at a time, no padding; the CPU has torch's fused kernels."""
 
 from __future__ import annotations
 
@@ -17,19 +17,24 @@ _SCORES = 1 << 22
 def forward(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, save_lse: bool) -> tuple[Tensor, Tensor]:
     rows, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(rows, heads, head_dim)
-    if not save_lse:
-        for _, seq in groups(cu_seqlens):
-            q, k, v = (qkv[seq, i].transpose(0, 1)[None] for i in range(3))  # [1, H, T, Dh]
-            attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
-            out[seq] = attended[0].transpose(0, 1)
-        return clear_tail(out, cu_seqlens), qkv.new_empty(0)
-    lse = qkv.new_zeros(heads, rows, dtype=accumulation_dtype(qkv.dtype))
-    for seq, block in _blocks(cu_seqlens, heads):
-        q, k, v = _heads(qkv[seq, :, block])
-        scores = _scores(q, k, scale)
-        lse[block, seq] = scores.logsumexp(-1)
-        probabilities = scores.sub_(lse[block, seq, None]).exp_()
-        out[seq, block] = (probabilities.to(v.dtype) @ v).transpose(0, 1)
+    lse = qkv.new_zeros(heads, rows, dtype=accumulation_dtype(qkv.dtype)) if save_lse else qkv.new_empty(0)
+    if save_lse and not _fused(qkv):
+        for seq, block in _blocks(cu_seqlens, heads):
+            q, k, v = _heads(qkv[seq, :, block])
+            scores = _scores(q, k, scale)
+            lse[block, seq] = scores.logsumexp(-1)
+            probabilities = scores.sub_(lse[block, seq, None]).exp_()
+            out[seq, block] = (probabilities.to(v.dtype) @ v).transpose(0, 1)
+        return clear_tail(out, cu_seqlens), lse
+    for _, seq in groups(cu_seqlens):
+        q, k, v = _heads(qkv[seq])
+        if save_lse:
+            attended, lse[:, seq] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q[None], k[None], v[None], scale=scale
+            )
+        else:
+            attended = torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], scale=scale)
+        out[seq] = attended[0].transpose(0, 1)
     return clear_tail(out, cu_seqlens), lse
 
 
@@ -37,17 +42,29 @@ def backward(
     grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
 ) -> Tensor:
     grad_qkv = qkv.new_empty(qkv.shape)
+    if _fused(qkv):
+        for _, seq in groups(cu_seqlens):
+            q, k, v = _heads(qkv[seq])
+            grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *(t[None] for t in (grad[seq].transpose(0, 1), q, k, v, out[seq].transpose(0, 1), lse[:, seq])),
+                0.0, False, scale=scale,
+            )  # fmt: skip
+            for i, part in enumerate(grads):
+                grad_qkv[seq, i] = part[0].transpose(0, 1)
+        return clear_tail(grad_qkv, cu_seqlens)
     for seq, block in _blocks(cu_seqlens, qkv.shape[2]):
         q, k, v = _heads(qkv[seq, :, block])
         g = grad[seq, block].transpose(0, 1)  # [H, T, Dh]
         probabilities = _scores(q, k, scale).sub_(lse[block, seq, None]).exp_()
         through = (grad[seq, block] * out[seq, block]).sum(-1, dtype=lse.dtype).T[..., None]  # [H, T, 1]
-        grad_scores = (g @ v.transpose(1, 2)).to(lse.dtype).sub_(through).mul_(probabilities).mul_(scale).to(q.dtype)
-        for i, part in enumerate(
-            (grad_scores @ k, grad_scores.transpose(1, 2) @ q, probabilities.to(g.dtype).transpose(1, 2) @ g)
-        ):
+        grad_scores = (g @ v.mT).to(lse.dtype).sub_(through).mul_(probabilities).mul_(scale).to(q.dtype)
+        for i, part in enumerate((grad_scores @ k, grad_scores.mT @ q, probabilities.to(g.dtype).mT @ g)):
             grad_qkv[seq, i, block] = part.transpose(0, 1)
     return clear_tail(grad_qkv, cu_seqlens)
+
+
+def _fused(qkv: Tensor) -> bool:
+    return qkv.device.type == "cpu"
 
 
 def _blocks(cu_seqlens: Tensor, heads: int) -> Iterator[tuple[slice, slice]]:
@@ -64,4 +81,4 @@ def _heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    return (q @ k.transpose(1, 2)).to(accumulation_dtype(q.dtype)).mul_(scale)
+    return (q @ k.mT).to(accumulation_dtype(q.dtype)).mul_(scale)

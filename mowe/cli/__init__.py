@@ -1,0 +1,132 @@
+"""The command line. Nothing heavy is imported until a command runs, so that `mowe --help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from mowe.errors import MoweError
+
+_UsageError: Any = typer.BadParameter.__base__  # click's, or the copy that newer versions of typer carry
+
+
+class _OneLineErrors(TyperGroup):
+    """Ends bad input of any kind with one line on stderr and exit code 2."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        if not standalone_mode:
+            return super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")  # a terminal without the characters shows "?"
+        try:
+            sys.exit(super().main(args, prog_name, complete_var, False, windows_expand_args, **extra))
+        except _UsageError as error:
+            self._fail(error.format_message())
+        except MoweError as error:
+            self._fail(str(error))
+        except typer.Abort:
+            sys.exit(1)
+
+    def _fail(self, message: str) -> None:
+        from mowe.cli._screen import printable
+
+        typer.secho(f"error: {printable(message)}", fg="red", err=True)
+        sys.exit(2)
+
+
+app = typer.Typer(
+    cls=_OneLineErrors,
+    help="Mixtures of weak audio encoders: route clips to encoders, and let a language model answer about them.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Files = Annotated[list[Path], typer.Argument(metavar="AUDIO", help="wav, flac, ogg or mp3 files", show_default=False)]
+Model = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="folder of a saved model; without it, the small untrained demo model"),
+]
+Json = Annotated[bool, typer.Option("--json", help="print JSON, for scripts")]
+
+
+@app.callback(invoke_without_command=True)
+def _start(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="print the version")] = False
+) -> None:
+    if version:
+        from mowe.cli._versions import package_version
+
+        typer.echo(f"mowe {package_version('mowe-kernels')}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command("demo")
+def _demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="where the picture goes")] = Path("mowe-demo"),
+    json: Json = False,
+) -> None:
+    """Run a small model on bundled clips: who listens, what it says, and what packing saves."""
+    from mowe.cli.demo import run
+
+    run(out, json)
+
+
+@app.command("generate")
+def _generate(
+    audio: Files,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="what to ask about each clip", show_default=False)],
+    model: Model = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="longest answer, in tokens")] = 64,
+    json: Json = False,
+) -> None:
+    """Ask the model about audio files, one answer a file."""
+    from mowe.cli.generate import run
+
+    run(audio, prompt, model, max_new_tokens, json)
+
+
+@app.command("routes")
+def _routes(
+    audio: Files,
+    model: Model = None,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="draw the routing too (.png, .svg, .pdf)", show_default=False)
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Show which encoders listen to audio files, and how much each one counts."""
+    from mowe.cli.routes import run
+
+    run(audio, model, picture, json)
+
+
+@app.command("info")
+def _info(model: Model = None, json: Json = False) -> None:
+    """Show the parts of a model, their sizes, and what it would run on. No weights are loaded."""
+    from mowe.cli.info import run
+
+    run(model, json)
+
+
+def main() -> None:
+    """The console entry point."""
+    # Read when torch is loaded: its threads sleep while they wait, instead of fighting other programs for the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    app(prog_name="mowe")

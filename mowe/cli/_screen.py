@@ -1,0 +1,67 @@
+"""Where a command speaks: results on stdout, progress and notes on stderr."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
+
+T = TypeVar("T")
+
+
+class Screen:
+    """as_json: results go out as one JSON object and nothing else, and progress is off."""
+
+    def __init__(self, as_json: bool):
+        self.as_json = as_json
+        self._out = Console(highlight=False)
+        self._err = Console(highlight=False, stderr=True)
+        self._quiet = as_json or not self._err.is_terminal
+
+    def result(self, data: dict[str, Any], *renderables: RenderableType) -> None:
+        """Print the data as JSON, or else its readable form."""
+        if self.as_json:
+            print(json.dumps(data, indent=2, allow_nan=False))
+        else:
+            for renderable in renderables:
+                self._out.print(renderable, soft_wrap=isinstance(renderable, Text))
+
+    def note(self, text: str) -> None:
+        """One line the user should know, beside the result."""
+        self._err.print(Text(f"note: {printable(text)}", style="yellow"), soft_wrap=True)
+
+    @contextmanager
+    def step(self, text: str) -> Iterator[None]:
+        """Show that something of unknown length is going on."""
+        if self._quiet:
+            yield
+        else:
+            with self._err.status(text):
+                yield
+
+    def track(self, items: Iterable[T], text: str) -> Iterator[T]:
+        """Show a progress bar over the items, which have a length."""
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+        with Progress(*columns, console=self._err, transient=True, disable=self._quiet) as progress:
+            yield from progress.track(items, description=text)
+
+
+def model_heading(folder: Path | None) -> Text:
+    """Which model gave a result; the demo model's say that they mean nothing."""
+    if folder is not None:
+        return Text(printable(f"model {folder}"), style="bold")
+    warning = "its weights are untrained, so its choices and answers mean nothing"
+    return Text.assemble(("the demo model", "bold"), (f": {warning}", "yellow"))
+
+
+def printable(text: str) -> str:
+    """The text on one line, with nothing in it that could steer a terminal."""
+    return "".join(
+        char if char.isprintable() else " " if char.isspace() else "\N{REPLACEMENT CHARACTER}" for char in text
+    )

@@ -1,0 +1,117 @@
+"""`mowe demo`: the whole way from bundled clips to answers, and what packing saves on it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import torch
+from rich.console import Group
+from rich.text import Text
+
+from mowe.cli._answers import answers
+from mowe.cli._inputs import Clip, LoadedModel, load_model, read_clips
+from mowe.cli._routing import draw, route, routing_table
+from mowe.cli._screen import Screen, model_heading, printable
+from mowe.demo import Comparison, compare
+from mowe.errors import ConfigError
+
+PROMPT = "What do you hear?"
+_NEW_TOKENS = 12
+_RUNS = 3
+_BAR = 16  # characters
+
+
+def run(out: Path, as_json: bool) -> None:
+    screen = Screen(as_json)
+    if not next(path for path in (out, *out.parents) if path.exists()).is_dir():
+        raise ConfigError(f"--out {out}: not a folder, nor can it become one")
+    clips = _bundled_clips(screen)
+    loaded = load_model(None, screen)
+    with screen.step("routing"):
+        routes = route(loaded, clips)
+    with screen.step("answering"):
+        texts = answers(loaded, clips, PROMPT, _NEW_TOKENS)
+    comparison = compare(
+        loaded.model.model.mixture.pool,
+        [clip.wave for clip in clips],
+        [window.encoders for window in routes],
+        _RUNS,
+        lambda rounds: screen.track(rounds, "timing"),
+    )
+    with screen.step("drawing"):
+        picture = _folder(out) / "routing.png"
+        draw(loaded, routes, picture)
+    screen.result(
+        {
+            "device": loaded.device.type,
+            "clips": [
+                {
+                    "file": clip.file,
+                    "seconds": clip.seconds,
+                    "encoders": window.encoders,
+                    "weights": window.weights,
+                    "text": text,
+                }
+                for clip, window, text in zip(clips, routes, texts, strict=True)
+            ],
+            "seconds_packed": comparison.seconds_packed,
+            "seconds_per_clip": comparison.seconds_per_clip,
+            "speedup": comparison.speedup,
+            "max_abs_diff": comparison.max_abs_diff,
+            "trained": loaded.trained,
+        },
+        _heading(loaded, clips),
+        model_heading(None),
+        Text(),
+        routing_table(loaded, routes, texts),
+        Text(),
+        _timing(comparison),
+        Text(),
+        Text(printable(f"picture of the routing: {picture}")),
+    )
+
+
+def _bundled_clips(screen: Screen) -> list[Clip]:
+    """The clips of the package, one window each."""
+    with as_file(files("mowe") / "assets" / "clips") as folder:
+        listed = json.loads((folder / "clips.json").read_text(encoding="utf-8"))
+        clips = read_clips([folder / clip["file"] for clip in listed], screen)
+    return [replace(clip, file=Path(clip.file).name) for clip in clips]
+
+
+def _folder(out: Path) -> Path:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: the folder cannot be made ({error.strerror})") from None
+    return out
+
+
+def _heading(loaded: LoadedModel, clips: list[Clip]) -> Text:
+    seconds = sum(clip.seconds for clip in clips)
+    where = f"{torch.get_num_threads()} CPU threads" if loaded.device.type == "cpu" else "the GPU"
+    return Text(f"{len(clips)} clips, {seconds:.1f} s of sound, on {where}", style="bold")
+
+
+def _timing(comparison: Comparison) -> Group:
+    """Two bars and the difference, each saying what was compared."""
+    jobs = (
+        ("packed", comparison.seconds_packed, "green", "every clip at its own length"),
+        ("clip by clip", comparison.seconds_per_clip, "red", "transformers, Whisper padded to 30 s"),
+    )
+    longest = max(seconds for _, seconds, _, _ in jobs)
+    bars = []
+    for job, seconds, color, how in jobs:
+        bar = "━" * max(1, round(_BAR * seconds / longest))
+        bars.append(Text.assemble(f"  {job:<12} {seconds:6.2f} s  ", (f"{bar:<{_BAR}}", color), f"  {how}"))
+    speed = f"  {comparison.speedup:.1f} times as fast"
+    same = f"  the same features to {comparison.max_abs_diff:.0e} where both pad Whisper to 30 s (largest difference)"
+    return Group(
+        Text(f"features of the chosen encoders, from waveforms (median of {_RUNS} runs)", style="bold"),
+        *bars,
+        Text(speed, style="bold green"),
+        Text(same),
+    )

@@ -1,0 +1,43 @@
+"""`mowe generate`: one answer a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.text import Text
+
+from mowe.cli._answers import answers
+from mowe.cli._inputs import load_model, read_clips
+from mowe.cli._screen import Screen, model_heading, printable
+from mowe.errors import ConfigError
+
+_BATCH = 8  # clips answered together
+
+
+def run(files: Sequence[Path], prompt: str, folder: Path | None, max_new_tokens: int, as_json: bool) -> None:
+    screen = Screen(as_json)
+    if not prompt.strip():
+        raise ConfigError("--prompt: expected some text, got none")
+    clips = read_clips(files, screen)
+    loaded = load_model(folder, screen)
+    texts = []
+    for first in screen.track(range(0, len(clips), _BATCH), "answering"):
+        texts += answers(loaded, clips[first : first + _BATCH], prompt, max_new_tokens)
+    lines = [
+        Text.assemble((f"{printable(clip.file)}:", "bold"), f" {printable(text)}")
+        for clip, text in zip(clips, texts, strict=True)
+    ]
+    screen.result(
+        {
+            "device": loaded.device.type,
+            "model": loaded.folder and str(loaded.folder),
+            "trained": loaded.trained,
+            "clips": [
+                {"file": clip.file, "seconds": clip.seconds, "text": text}
+                for clip, text in zip(clips, texts, strict=True)
+            ],
+        },
+        model_heading(folder),
+        *lines,
+    )

@@ -1,0 +1,59 @@
+"""Results go to stdout, everything else to stderr, and nothing steers the terminal."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from rich.text import Text
+
+from mowe.cli._screen import Screen, printable
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain", "plain"),
+        ("Ünïcode आज 音", "Ünïcode आज 音"),
+        ("two\nlines\tand\rmore", "two lines and more"),
+        ("\x1b[2Jgone\x07", "\ufffd[2Jgone\ufffd"),
+        ("right\u202eleft", "right\ufffdleft"),
+        ("\udc80", "\ufffd"),
+    ],
+)
+def test_printable(text: str, shown: str) -> None:
+    assert printable(text) == shown
+
+
+def test_result(capsys: pytest.CaptureFixture[str]) -> None:
+    Screen(as_json=True).result({"file": "\udc80ü"}, Text("for people"))
+    assert json.loads(capsys.readouterr().out) == {"file": "\udc80ü"}
+    Screen(as_json=False).result({"file": "x"}, Text("for [bold]people " * 20))
+    said = capsys.readouterr()
+    assert said.out == "for [bold]people " * 20 + "\n"
+    assert said.err == ""
+
+
+def test_json_never_holds_nan() -> None:
+    with pytest.raises(ValueError):
+        Screen(as_json=True).result({"weight": float("nan")})
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_progress_is_off_away_from_a_terminal(capsys: pytest.CaptureFixture[str], as_json: bool) -> None:
+    screen = Screen(as_json)
+    with screen.step("thinking"):
+        assert list(screen.track(range(3), "counting")) == [0, 1, 2]
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "")
+
+
+def test_progress_shows_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    screen = Screen(as_json=False)
+    assert list(screen.track(range(3), "counting")) == [0, 1, 2]
+    screen.note("careful")
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "counting" in said.err and "note: careful" in said.err

@@ -1,0 +1,56 @@
+"""Help and imports are quick: nothing heavy is loaded before it is needed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+
+def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+    return subprocess.run([sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], [], ["--version"], ["routes", "--help"], ["routes", "--bogus"]])
+def test_help_loads_neither_torch_nor_transformers(arguments: list[str]) -> None:
+    code = """
+import sys
+from mowe.cli import main
+try:
+    main()
+finally:
+    print("LOADED", [name for name in ("torch", "transformers", "numpy", "matplotlib") if name in sys.modules])
+"""
+    done = python(code, *arguments)
+    assert done.stdout.endswith("LOADED []\n")
+    assert done.returncode == (2 if "--bogus" in arguments else 0)
+
+
+def test_help_names_every_command() -> None:
+    said = python("from mowe.cli import main; main()", "--help").stdout
+    assert all(f" {command} " in said for command in ("demo", "generate", "routes", "info"))
+
+
+def test_import_costs_little_beyond_torch_and_transformers() -> None:
+    code = (
+        "import torch, transformers, time; start = time.process_time(); import mowe; print(time.process_time() - start)"
+    )
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1.5
+
+
+def test_the_process_ends_bad_input_without_a_traceback(tmp_path: Path) -> None:
+    fake = tmp_path / "fake.mp3"
+    fake.write_bytes(b"\xff\xfb\x90\x00" + bytes(range(256)) * 80)
+    done = python("from mowe.cli import main; main()", "routes", str(fake))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: {fake}: ")

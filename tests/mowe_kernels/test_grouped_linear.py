@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mowe_kernels import grouped_linear
+from mowe_kernels.reference import _rows
+from tests.mowe_kernels.checks import (
+    GROUPS,
+    Inputs,
+    assert_accurate,
+    assert_matches,
+    gradcheck,
+    normal,
+    offsets,
+    opcheck,
+    raises,
+    rows_with_tail,
+    spans,
+    table,
+)
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+EPILOGUES = {
+    "plain": (),
+    "bias": ("bias",),
+    "residual": ("bias", "residual"),
+    "scale": ("row_scale",),
+    "all": ("bias", "residual", "row_scale"),
+}
+
+
+def make_inputs(sizes: tuple[int, ...], tail: int, epilogue: tuple[str, ...], k: int = 5, n: int = 3) -> Inputs:
+    rows, encoders = sum(sizes), len(sizes)
+    inputs = {
+        "x": rows_with_tail(rows, tail, k),
+        "weight": normal(encoders, n, k),
+        "bias": normal(encoders, n),
+        "residual": rows_with_tail(rows, tail, n),
+        "row_scale": rows_with_tail(rows, tail),
+    }
+    return {name: value if name in ("x", "weight", *epilogue) else None for name, value in inputs.items()}
+
+
+def op(sizes: tuple[int, ...], activation: str):
+    def call(x, weight, bias, residual, row_scale):
+        return grouped_linear(
+            x, weight, bias, offsets(sizes), activation=activation, residual=residual, row_scale=row_scale
+        )
+
+    return call
+
+
+def naive(sizes: tuple[int, ...], activation: str):
+    def call(x, weight, bias, residual, row_scale) -> Tensor:
+        parts = []
+        for e, rows in enumerate(spans(sizes)):
+            y = functional.linear(x[rows], weight[e], None if bias is None else bias[e])
+            y = functional.gelu(y) if activation else y
+            y = y if row_scale is None else y * row_scale[rows, None]
+            parts.append(y if residual is None else y + residual[rows])
+        return torch.cat(parts)
+
+    return call
+
+
+@table(GROUPS, "sizes")
+@table(EPILOGUES, "epilogue")
+@pytest.mark.parametrize("activation", ["", "gelu"])
+@pytest.mark.parametrize(("tail", "chunk"), [(0, 4), (3, 1024)])
+def test_matches_a_linear_layer_per_encoder(sizes, epilogue, activation, tail, chunk, monkeypatch):
+    monkeypatch.setattr(_rows, "CHUNK", chunk)
+    inputs = make_inputs(sizes, tail, epilogue)
+    assert_matches(op(sizes, activation), naive(sizes, activation), inputs, sum(sizes), passes_tail=("residual",))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_precision(dtype, monkeypatch):
+    monkeypatch.setattr(_rows, "CHUNK", 4)
+    sizes = (0, 509)  # enough chunks to lose a sum kept in a narrow type
+    inputs = make_inputs(sizes, 0, EPILOGUES["all"])
+    assert_accurate(op(sizes, "gelu"), naive(sizes, "gelu"), inputs, sum(sizes), dtype)
+
+
+def test_accepts_any_strides():
+    inputs = make_inputs((4, 3), 0, EPILOGUES["all"])
+    strided = {name: value.mT.contiguous().mT if value.dim() > 1 else value for name, value in inputs.items()}
+    assert_matches(op((4, 3), "gelu"), naive((4, 3), "gelu"), strided, 7)
+
+
+@table(EPILOGUES, "epilogue")
+@pytest.mark.parametrize("activation", ["", "gelu"])
+def test_derivatives(epilogue, activation):
+    sizes = (2, 0, 3)
+    gradcheck(op(sizes, activation), make_inputs(sizes, 0, epilogue))
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("epilogue", [(), EPILOGUES["all"]])
+@pytest.mark.parametrize("save_pre", [False, True])
+def test_registration(strided, epilogue, save_pre):
+    sizes = (2, 0, 3)
+    x, weight, bias, residual, row_scale = make_inputs(sizes, 1, epilogue).values()
+    x = x.nan_to_num()
+    if strided:
+        x, weight = x.T.contiguous().T, weight.mT.contiguous().mT
+    leaves = [None if t is None else t.requires_grad_(save_pre) for t in (x, weight, bias, residual, row_scale)]
+    x, weight, bias, residual, row_scale = leaves
+    args = (x, weight, bias, offsets(sizes), residual, row_scale, "gelu" if save_pre else "", save_pre)
+    opcheck(torch.ops.mowe.grouped_linear.default, args)
+
+
+@pytest.mark.parametrize("needs", [(True, True, True, True), (False, True, False, False), (True, False, True, False)])
+def test_registration_of_the_backward(needs):
+    sizes = (2, 0, 3)
+    x, weight, _, residual, row_scale = make_inputs(sizes, 0, EPILOGUES["all"]).values()
+    args = (residual, x, weight, offsets(sizes), row_scale, normal(5, 3), "gelu", *needs)
+    opcheck(torch.ops.mowe.grouped_linear_backward.default, args)
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"x": normal(7)}, ("x must be packed rows", "[any, any]", "got [7]")),
+        ({"x": normal()}, ("x must be packed rows", "[any, any]", "got []")),
+        ({"weight": normal(2, 3, 4)}, ("weight", "[any, any, 5]", "got [2, 3, 4]")),
+        ({"bias": normal(3)}, ("bias", "[2, 3]", "got [3]")),
+        ({"residual": normal(6, 3)}, ("residual", "[7, 3]", "got [6, 3]")),
+        ({"row_scale": normal(7, 1)}, ("row_scale", "[7]", "got [7, 1]")),
+        ({"group_offsets": offsets((7,))}, ("group_offsets", "[3]", "got [2]")),
+        ({"weight": normal(2, 3, 5).float()}, ("weight must be torch.float64", "got torch.float32")),
+        ({"activation": "relu"}, ("activation", "'', 'gelu'", "got 'relu'")),
+    ],
+)
+def test_says_what_does_not_fit(change, parts):
+    inputs = make_inputs((4, 3), 0, EPILOGUES["all"]) | {"group_offsets": offsets((4, 3))}
+    with raises("grouped_linear: ", *parts):
+        grouped_linear(**inputs | change)
