@@ -4,6 +4,9 @@ PYTHON ?= python3
 # The default torch wheel brings gigabytes of CUDA libraries; machines without an NVIDIA GPU get the CPU build from here.
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
+# Threads that spin while they wait starve each other on a busy machine.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 PIP = .venv/bin/python -m pip --disable-pip-version-check --no-input
 succeeds = $(shell $(1) >/dev/null 2>&1 && echo yes)
 need = $(if $(call succeeds,$(1)),,$(error $(2)))

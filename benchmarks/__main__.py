@@ -38,7 +38,9 @@ def cpu(
             name = comparison.workload.name
             if workload and name not in workload:
                 continue
-            results += compare(comparison, rounds, threads, track=lambda it, name=name: track(it, name, console=console))
+            results += compare(
+                comparison, rounds, threads, track=lambda it, name=name: track(it, name, console=console)
+            )
     except OutputsDifferError as error:
         _stop(str(error))
     command = " ".join(["python -m benchmarks", *sys.argv[1:]])

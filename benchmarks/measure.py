@@ -46,11 +46,7 @@ def prepare(workload: Workload, providers: Sequence[str]) -> dict[str, Run]:
 
 def relative_error(outputs: Outputs, expected: Outputs) -> float:
     """The largest over all pairs; infinite where shapes differ."""
-    pairs = [
-        (a, b)
-        for ours, theirs in zip(outputs, expected, strict=True)
-        for a, b in zip(ours, theirs, strict=True)
-    ]
+    pairs = [(a, b) for ours, theirs in zip(outputs, expected, strict=True) for a, b in zip(ours, theirs, strict=True)]
     if any(a.shape != b.shape for a, b in pairs):
         return float("inf")
     return max(((a - b).norm() / b.norm()).item() for a, b in pairs)

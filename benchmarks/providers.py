@@ -124,9 +124,9 @@ def _extractor(encoder: nn.Module, padding: str = "max_length") -> Callable[[Ten
     if encoder.main_input_name != "input_features":
         return lambda wave: wave[None]
     extract = WhisperFeatureExtractor(feature_size=encoder.config.num_mel_bins)
-    return lambda wave: extract(
-        wave.numpy(), sampling_rate=SAMPLING_RATE, padding=padding, return_tensors="pt"
-    ).input_features
+    return lambda wave: (
+        extract(wave.numpy(), sampling_rate=SAMPLING_RATE, padding=padding, return_tensors="pt").input_features
+    )
 
 
 def _encode(encoder: nn.Module, given: Tensor) -> Tensor:

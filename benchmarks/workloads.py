@@ -19,9 +19,7 @@ from mowe.families import Context
 def whisper_tiny() -> nn.Module:
     """Whisper-tiny's encoder: 4 layers of width 384."""
     return WhisperEncoder(
-        WhisperConfig(
-            d_model=384, encoder_layers=4, encoder_attention_heads=6, encoder_ffn_dim=1536, num_mel_bins=80
-        )
+        WhisperConfig(d_model=384, encoder_layers=4, encoder_attention_heads=6, encoder_ffn_dim=1536, num_mel_bins=80)
     )
 
 

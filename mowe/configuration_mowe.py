@@ -121,6 +121,7 @@ class MoweConfig(PreTrainedConfig):
     """
 
     model_type = "mowe"
+    keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "router_logits", "router_indices"]
     sub_configs = {"audio_config": AutoConfig, "text_config": AutoConfig, "pool_config": MowePoolConfig}
 
     audio_config: dict[str, Any] | PreTrainedConfig | None = None

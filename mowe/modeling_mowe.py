@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from inspect import signature
 from os import PathLike
@@ -17,6 +18,7 @@ from transformers import (
     GenerationMixin,
     PreTrainedModel,
 )
+from transformers.generation import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
@@ -249,6 +251,9 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.get_output_embeddings()
 
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_output_embeddings(value)
+
     def get_audio_features(self, input_features: Tensor, input_features_mask: Tensor | None = None) -> MoweAudioOutput:
         """See MoweModel.get_audio_features."""
         return self.model.get_audio_features(input_features, input_features_mask)
@@ -263,9 +268,16 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
         input_features_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor | ModelOutput:
-        """As in transformers. The audio is encoded once, whatever the number of steps, beams and returned sequences."""
+        """As in transformers. The audio is encoded once, whatever the number of steps, beams and returned sequences.
+
+        Raises ConfigError for assisted decoding of a prompt with audio: transformers' would lose candidate tokens.
+        """
         input_ids = inputs if input_ids is None else input_ids
         if input_features is not None:
+            settings = deepcopy(kwargs.get("generation_config") or self.generation_config)
+            settings.update(**kwargs)
+            if settings.get_generation_mode(kwargs.get("assistant_model")) == GenerationMode.ASSISTED_GENERATION:
+                raise ConfigError("assisted decoding is not supported for a prompt with audio")
             kwargs["inputs_embeds"], _ = self.model.embed(input_ids, input_features, input_features_mask)
         return super().generate(input_ids, **kwargs)
 
@@ -278,13 +290,10 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
         """
         from peft import LoraConfig
 
-        head = self.get_output_embeddings()
-        names = {
-            n.split(".")[-1]
-            for n, m in self.language_model.named_modules()
-            if isinstance(m, nn.Linear | Conv1D) and m is not head
-        }
-        pattern = rf"(.*\.)?language_model\..*\.({'|'.join(sorted(names))})"
+        body = self.language_model.base_model  # without the head
+        layers = (name for name, module in body.named_modules() if isinstance(module, nn.Linear | Conv1D))
+        names = sorted({name.split(".")[-1] for name in layers})
+        pattern = rf"(.*\.)?language_model\.{self.language_model.base_model_prefix}\..*\.({'|'.join(names)})"
         return LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": pattern, **settings})
 
     def forward(
@@ -352,7 +361,8 @@ def _share(labels: Tensor, num_items: Tensor | int | None) -> Tensor | float:
     """Weight of this batch's auxiliary loss under gradient accumulation: its share of the predicted tokens.
 
     The next-token loss is a sum over tokens divided by num_items_in_batch, the tokens of all accumulated batches;
-    weighting by the share makes the auxiliary loss their token-weighted mean instead of their sum.
+    weighting by the share makes the auxiliary loss their token-weighted mean instead of their sum. (Diversity and load
+    balance look at a batch as a whole: accumulated, they stay those of the parts.)
     """
     return 1.0 if num_items is None else (labels[:, 1:] != -100).sum() / num_items
 

@@ -6,12 +6,15 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from mowe.errors import MoweError
+
+if TYPE_CHECKING:
+    from mowe.cli._screen import Screen
 
 _UsageError: Any = typer.BadParameter.__base__  # click's, or the copy that newer versions of typer carry
 
@@ -83,9 +86,10 @@ def _demo(
     json: Json = False,
 ) -> None:
     """Run a small model on bundled clips: who listens, what it says, and what packing saves."""
-    from mowe.cli.demo import run
-
-    run(out, json)
+    screen = _new_screen(json)
+    with screen.step("starting"):
+        from mowe.cli.demo import run
+    run(out, screen)
 
 
 @app.command("generate")
@@ -97,9 +101,10 @@ def _generate(
     json: Json = False,
 ) -> None:
     """Ask the model about audio files, one answer a file."""
-    from mowe.cli.generate import run
-
-    run(audio, prompt, model, max_new_tokens, json)
+    screen = _new_screen(json)
+    with screen.step("starting"):
+        from mowe.cli.generate import run
+    run(audio, prompt, model, max_new_tokens, screen)
 
 
 @app.command("routes")
@@ -112,17 +117,25 @@ def _routes(
     json: Json = False,
 ) -> None:
     """Show which encoders listen to audio files, and how much each one counts."""
-    from mowe.cli.routes import run
-
-    run(audio, model, picture, json)
+    screen = _new_screen(json)
+    with screen.step("starting"):
+        from mowe.cli.routes import run
+    run(audio, model, picture, screen)
 
 
 @app.command("info")
 def _info(model: Model = None, json: Json = False) -> None:
     """Show the parts of a model, their sizes, and what it would run on. No weights are loaded."""
-    from mowe.cli.info import run
+    screen = _new_screen(json)
+    with screen.step("starting"):
+        from mowe.cli.info import run
+    run(model, screen)
 
-    run(model, json)
+
+def _new_screen(as_json: bool) -> Screen:
+    from mowe.cli._screen import Screen
+
+    return Screen(as_json)
 
 
 def main() -> None:

@@ -24,8 +24,7 @@ _RUNS = 3
 _BAR = 16  # characters
 
 
-def run(out: Path, as_json: bool) -> None:
-    screen = Screen(as_json)
+def run(out: Path, screen: Screen) -> None:
     if not next(path for path in (out, *out.parents) if path.exists()).is_dir():
         raise ConfigError(f"--out {out}: not a folder, nor can it become one")
     clips = _bundled_clips(screen)

@@ -15,8 +15,7 @@ from mowe.errors import ConfigError
 _BATCH = 8  # clips answered together
 
 
-def run(files: Sequence[Path], prompt: str, folder: Path | None, max_new_tokens: int, as_json: bool) -> None:
-    screen = Screen(as_json)
+def run(files: Sequence[Path], prompt: str, folder: Path | None, max_new_tokens: int, screen: Screen) -> None:
     if not prompt.strip():
         raise ConfigError("--prompt: expected some text, got none")
     clips = read_clips(files, screen)

@@ -33,8 +33,7 @@ class Part:
     bytes_bf16: int
 
 
-def run(folder: Path | None, as_json: bool) -> None:
-    screen = Screen(as_json)
+def run(folder: Path | None, screen: Screen) -> None:
     model = _skeleton(folder)
     parts = list(_parts(model))
     device = default_device()

@@ -15,8 +15,7 @@ from mowe.cli._screen import Screen, model_heading, printable
 _BATCH = 8  # clips routed together
 
 
-def run(files: Sequence[Path], folder: Path | None, picture: Path | None, as_json: bool) -> None:
-    screen = Screen(as_json)
+def run(files: Sequence[Path], folder: Path | None, picture: Path | None, screen: Screen) -> None:
     if picture is not None:
         from mowe.plots import check_picture
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from mowe.errors import ConfigError
 from mowe_kernels import Level, grouped_layer_norm, grouped_linear, grouped_mlp, varlen_attention
 
 
@@ -75,6 +76,8 @@ class StackedLayer(GradientCheckpointingLayer):
         self, encoders: int, width: int, heads: int, hidden: int, *, pre_norm: bool, key_bias: bool, eps: float = 1e-5
     ):
         super().__init__()
+        if width % heads:
+            raise ConfigError(f"an encoder of width {width} cannot have {heads} attention heads")
         self.heads, self.pre_norm, self.key_bias = heads, pre_norm, key_bias
         self.attention_norm = StackedNorm(encoders, width, eps)
         self.qkv = StackedLinear(encoders, width, 3 * width)

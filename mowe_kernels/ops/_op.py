@@ -10,10 +10,6 @@ import torch
 from mowe_kernels.backend import implementation
 
 
-def _device(args: tuple[Any, ...]) -> torch.device:
-    return next(a.device for a in args if isinstance(a, torch.Tensor))
-
-
 def _separate(result: Any) -> Any:
     """A backend may return one empty tensor for all that nobody asked for; torch.library wants results apart."""
     if isinstance(result, torch.Tensor):
@@ -33,7 +29,9 @@ class Op:
         self.name = name
 
         def compute(*args: Any) -> Any:
-            return getattr(implementation(module, _device(args)), function)(*args)
+            tensors = [a for a in args if isinstance(a, torch.Tensor)]
+            backend = implementation(module, tensors[0].device, {t.dtype for t in tensors})
+            return getattr(backend, function)(*args)
 
         self._compute = compute
         self.op = torch.library.custom_op(

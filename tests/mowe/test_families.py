@@ -329,3 +329,10 @@ def test_clips_that_an_encoder_cannot_take():
     wide = EncoderPool.from_encoders([hubert(conv_kernel=[20, 3, 3, 3, 3, 2, 2])])
     with pytest.raises(AudioError, match="clip 0: a clip of 400 samples is shorter than the receptive field"):
         wide.encode([clip(400)], [[0]])
+
+
+def test_attention_heads_must_divide_the_width():
+    config = whisper().config
+    config.encoder_attention_heads = 7
+    with pytest.raises(ConfigError, match=f"width {config.d_model} cannot have 7 attention heads"):
+        WhisperFamily([config])

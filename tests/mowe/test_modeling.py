@@ -177,6 +177,23 @@ def test_sampling(model: Any, processor: mowe.MoweProcessor) -> None:
     assert len(first) == 6 and len({tuple(row) for row in first}) > 1
 
 
+def test_assisted_decoding_is_for_text_alone(model: Any, processor: mowe.MoweProcessor) -> None:
+    """transformers drops the candidates of the first step where a prompt is given as embeddings."""
+    text = processor("abcabcab")
+    assert answers(model, text, prompt_lookup_num_tokens=2) == answers(model, text)
+    with pytest.raises(ConfigError, match="assisted decoding"):
+        answers(model, processor(PROMPTS[0], audio=CLIPS[0]), prompt_lookup_num_tokens=2)
+
+
+def test_vocabulary_can_grow() -> None:
+    model = tiny_model(language_model(vocab_size=259, tie_word_embeddings=True))
+    model.resize_token_embeddings(264)
+    assert model.config.text_config.vocab_size == model.language_model.config.vocab_size == 264
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    inputs = processor_of(model)(PROMPTS, audio=CLIPS, answers=["x", "yy", "z"])
+    assert model(**inputs).logits.shape[-1] == 264
+
+
 def test_a_conversation_goes_on_from_its_cache(model: Any, processor: mowe.MoweProcessor) -> None:
     first = processor(PROMPTS[0], audio=CLIPS[0])
     turn = model.generate(**first, **GREEDY, return_dict_in_generate=True)

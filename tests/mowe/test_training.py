@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,8 @@ class Recorder(Trainer):
 
 
 def train(model: Any, folder: Path, examples: list[Any] = EXAMPLES, **settings: Any) -> Recorder:
-    base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
-    processor = processor_of(base)
+    processor = processor_of(model.get_base_model() if isinstance(model, peft.PeftModel) else model)
     resume = settings.pop("resume", None)
-
-    def collate(batch: list[Any]) -> Any:
-        prompts, clips, words = zip(*batch, strict=True)
-        return processor(list(prompts), audio=list(clips), answers=list(words), padding_side="right")
-
     arguments = TrainingArguments(
         output_dir=str(folder),
         **{
@@ -50,10 +45,19 @@ def train(model: Any, folder: Path, examples: list[Any] = EXAMPLES, **settings: 
         },
     )  # fmt: skip
     trainer = Recorder(
-        model=model, args=arguments, train_dataset=examples, data_collator=collate, processing_class=processor
+        model=model,
+        args=arguments,
+        train_dataset=examples,
+        data_collator=partial(collate, processor),
+        processing_class=processor,
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
+
+
+def collate(processor: mowe.MoweProcessor, batch: list[Any]) -> Any:
+    prompts, clips, words = zip(*batch, strict=True)
+    return processor(list(prompts), audio=list(clips), answers=list(words), padding_side="right")
 
 
 def losses(trainer: Trainer) -> list[float]:
@@ -61,8 +65,7 @@ def losses(trainer: Trainer) -> list[float]:
 
 
 def example_inputs(model: Any) -> Any:
-    prompts, clips, words = zip(*EXAMPLES, strict=True)
-    return processor_of(model)(prompts, audio=list(clips), answers=words)
+    return collate(processor_of(model), EXAMPLES)
 
 
 def test_loss_is_the_next_token_loss_of_the_answers_and_the_router_loss() -> None:
@@ -116,6 +119,25 @@ def test_trainer_saves_and_resumes(tmp_path: Path) -> None:
     for model in (resumed, loaded):
         for name, value in whole.state_dict().items():
             assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_trainer_evaluates_with_metrics(tmp_path: Path) -> None:
+    """What the Trainer gathers for metrics are the logits and the labels, not the cache or the routers' choices."""
+    model = tiny_model()
+    seen: list[Any] = []
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), report_to="none", per_device_eval_batch_size=2, remove_unused_columns=False,
+        disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    metrics = Trainer(
+        model=model,
+        args=arguments,
+        eval_dataset=EXAMPLES,
+        data_collator=partial(collate, processor_of(model)),
+        compute_metrics=lambda prediction: seen.append(prediction) or {"seen": 1.0},
+    ).evaluate()
+    expected = model(**example_inputs(model))
+    assert metrics["eval_seen"] == 1.0 and seen[0].predictions.shape == expected.logits.shape
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path) -> None:
