@@ -124,9 +124,9 @@ class MoweConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "router_logits", "router_indices"]
     sub_configs = {"audio_config": AutoConfig, "text_config": AutoConfig, "pool_config": MowePoolConfig}
 
-    audio_config: dict[str, Any] | PreTrainedConfig | None = None
-    text_config: dict[str, Any] | PreTrainedConfig | None = None
-    pool_config: dict[str, Any] | PreTrainedConfig | None = None
+    audio_config: Any = None
+    text_config: Any = None
+    pool_config: Any = None
     audio_token_id: int | None = None
     audio_do_normalize: bool = False
     context: Literal["window", "valid"] = "window"
@@ -147,6 +147,8 @@ class MoweConfig(PreTrainedConfig):
         _reject_unknown(self, kwargs)
         self.audio_config = as_config(self.audio_config or {"model_type": "whisper"}, "audio_config")
         self.text_config = as_config(self.text_config or {"model_type": "llama"}, "text_config")
+        if not isinstance(self.pool_config or {}, dict | MowePoolConfig):
+            raise ConfigError(f"pool_config: expected a MowePoolConfig or its dictionary, got {self.pool_config!r}")
         if not isinstance(self.pool_config, MowePoolConfig):
             self.pool_config = MowePoolConfig(**(self.pool_config or {}))
         if self.router_losses is None:

@@ -104,6 +104,6 @@ class MixtureOfWeakEncoders(nn.Module):
             routing.indices,
             routing.logits.dependent,
             routing.logits.independent,
-            router_loss(routing.logits, self.config.router_losses),
+            router_loss(routing.logits, self.config.router_losses or {}),
             routing.plan,
         )

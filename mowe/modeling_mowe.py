@@ -11,13 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForMultimodalLM,
-    Cache,
-    GenerationMixin,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.pytorch_utils import Conv1D
@@ -154,13 +148,13 @@ class MoweModel(MowePreTrainedModel):
         placeholders = input_ids == self.config.audio_token_id
         # The placeholder may lie outside the language model's vocabulary; its embedding is replaced in any case.
         embeds = self.get_input_embeddings()(input_ids.masked_fill(placeholders, 0))
+        count = int(placeholders.sum())
         if input_features is None:
-            if placeholders.any():
-                raise AudioError(f"the prompt has {int(placeholders.sum())} audio placeholders but no input_features")
+            if count:
+                raise AudioError(f"the prompt has {count} audio placeholders but no input_features")
             return embeds, None
         audio = self.get_audio_features(input_features, input_features_mask)
         tokens = audio.pooler_output
-        count = int(placeholders.sum())
         if count != tokens.shape[0]:
             raise AudioError(f"the prompt has {count} audio placeholders but the audio gives {tokens.shape[0]} tokens")
         embeds = embeds.masked_scatter(placeholders[..., None], tokens.to(embeds.device, embeds.dtype))
@@ -315,8 +309,9 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
         loss is wanted. The rest is as in transformers.
         """
         mixture = None
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ConfigError("expected either input_ids or inputs_embeds")
+        given = (input_ids is not None) + (inputs_embeds is not None)
+        if given != 1 or (input_ids is None and input_features is not None):
+            raise ConfigError("expected either inputs_embeds or input_ids, the latter with or without input_features")
         if inputs_embeds is None:
             inputs_embeds, mixture = self.model.embed(input_ids, input_features, input_features_mask)
         kwargs.pop("return_dict", None)

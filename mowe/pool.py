@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,10 +63,11 @@ class EncoderPool(nn.Module):
             with naming(f"encoder {index}"):
                 signature = family_class(encoder.model_type).signature(encoder, normalize[index])
             members.setdefault((encoder.model_type, *signature), []).append(index)
-        self.families: nn.ModuleList[EncoderFamily] = nn.ModuleList(
+        families = nn.ModuleList(
             family_class(key[0])([configs[i] for i in indices], normalize[indices[0]])
             for key, indices in members.items()
         )
+        self.families = cast(Sequence[EncoderFamily], families)
         self.members = tuple(map(tuple, members.values()))
         self._layouts: dict[torch.device, PackLayout] = {}
 
@@ -113,7 +114,7 @@ class EncoderPool(nn.Module):
 
     @property
     def num_encoders(self) -> int:
-        return len(self.config.encoders)
+        return len(self.config.encoders or ())
 
     @property
     def widths(self) -> tuple[int, ...]:

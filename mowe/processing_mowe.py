@@ -22,6 +22,7 @@ _SAVED_BY_TRANSFORMERS = {"feature_extractor_type", "padding_side", "processor_c
 _CALL_SETTINGS = (
     "add_special_tokens", "answers", "max_length", "padding", "padding_side", "return_tensors", "truncation",
 )  # fmt: skip
+_CALL_VALUES = {"return_tensors": ("pt",), "padding": (True, "longest"), "padding_side": ("left", "right")}
 
 PAPER_PROMPT = "Given the following speech tokens: \n<speech>{audio}</speech>\n\n{instruction}"
 """The prompt of the authors' inference adapter, for language models without a chat template."""
@@ -156,11 +157,13 @@ class MoweProcessor(ProcessorMixin):
         Raises AudioError where prompts and audio do not match or audio cannot be read, ConfigError for settings that
         are not supported.
         """
-        if return_tensors != "pt":
-            raise ConfigError(f"return_tensors must be 'pt', got {return_tensors!r}")
-        if padding not in (True, "longest"):
-            raise ConfigError(f"padding must be True or 'longest', got {padding!r}")
-        prompts = [text] if isinstance(text, str) else list(text)
+        settings = {"return_tensors": return_tensors, "padding": padding, "padding_side": padding_side}
+        for name, value in settings.items():
+            if value not in _CALL_VALUES[name]:
+                raise ConfigError(f"{name} must be {' or '.join(map(repr, _CALL_VALUES[name]))}, got {value!r}")
+        prompts = [text] if isinstance(text, str) else list(text or ())
+        if not prompts:
+            raise ConfigError("expected at least one prompt, got none")
         inputs, counts = self._prepare_audio(prompts, audio, sampling_rate)
         questions = self._tokenize(self._expand(prompts, counts), **kwargs)
         tails = [[]] * len(prompts) if answers is None else self._tails(answers)
@@ -276,7 +279,7 @@ class MoweProcessor(ProcessorMixin):
         for message in messages:
             content = message.get("content") if isinstance(message, dict) else None
             if not isinstance(content, str | list | tuple) or "role" not in message:
-                raise ConfigError(f"a message needs a 'role' and a 'content' of text or of parts, got {message!r}")
+                raise ConfigError(f"a message needs a 'role' and a 'content' of text or parts, got {_outline(message)}")
             if not isinstance(content, str):
                 clips += [_clip_of(part) for part in content if _type_of(part) == "audio"]
                 content = "".join(self.audio_token if _type_of(part) == "audio" else part["text"] for part in content)
@@ -287,7 +290,7 @@ class MoweProcessor(ProcessorMixin):
 def _type_of(part: Any) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind != "audio" and not (kind == "text" and isinstance(part.get("text"), str)):
-        raise ConfigError(f"a part of a message must be of type 'text', with a 'text', or 'audio', got {part!r}")
+        raise ConfigError(f"a message's part must be of type 'text', with a 'text', or 'audio', got {_outline(part)}")
     return kind
 
 
@@ -295,7 +298,14 @@ def _clip_of(part: dict[str, Any]) -> Any:
     for key in ("audio", "path", "url"):
         if part.get(key) is not None:
             return part[key]
-    raise AudioError(f"an audio part of a message needs an 'audio' or a 'path', got {part!r}")
+    raise AudioError(f"an audio part of a message needs an 'audio' or a 'path', got {_outline(part)}")
+
+
+def _outline(value: Any) -> str:
+    """What errors show of a message or a part of one: its texts, and of the rest the keys alone."""
+    if not isinstance(value, dict):
+        return type(value).__name__
+    return ", ".join(f"{key!r}: {item!r}" if isinstance(item, str) else repr(key) for key, item in value.items())
 
 
 def _plain_prompt(messages: list[dict[str, str]], audio_token: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,8 @@ class MoweProjector(nn.Module):
 
     def __init__(self, config: MoweConfig, base_width: int, widths: Sequence[int], out_features: int):
         super().__init__()
-        hidden, slots = config.projector_hidden_size, config.num_independent_slots + config.num_dependent_slots
+        hidden = cast(int, config.projector_hidden_size)
+        slots = config.num_independent_slots + config.num_dependent_slots
         if config.projector_type == "conv":
             self.strides = [2] * (config.projector_stride.bit_length() - 1)
             self.taps, self.padding = 3, 1
@@ -59,7 +61,8 @@ class MoweProjector(nn.Module):
             nn.Parameter(torch.empty(slots, hidden, self.taps, width)) for width in widths
         )
         self.bias = nn.Parameter(torch.empty(hidden))
-        self.convs = nn.ModuleList(StackedConv(1, hidden, hidden, self.taps) for _ in self.strides[1:])
+        convs = nn.ModuleList(StackedConv(1, hidden, hidden, self.taps) for _ in self.strides[1:])
+        self.convs = cast(Sequence[StackedConv], convs)
         self.linear = nn.Linear(hidden, out_features)
         self.reset_parameters()
 

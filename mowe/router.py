@@ -55,7 +55,7 @@ class MoweRouter(nn.Module):
         independent = None
         if self.independent_logits is not None:
             independent = self._perturb(self.independent_logits.float())
-        weights, indices, plan = route_topk(
+        weights, indices, tensors = route_topk(
             dependent,
             independent,
             top_k=self.config.num_dependent_slots,
@@ -64,7 +64,7 @@ class MoweRouter(nn.Module):
             rank=layout.rank,
             level_bounds=layout.level_bounds,
         )
-        plan = PackPlan(*plan, tuple(map(tuple, lengths)), layout)
+        plan = PackPlan(*tensors, tuple(map(tuple, lengths)), layout)
         return Routing(self._weigh(weights), indices, plan, RouterLogits(dependent, independent))
 
     def _perturb(self, logits: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ slot repeats an encoder the clip already has, its slot is unused) has length zer
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -101,14 +101,20 @@ class FamilyPlan:
     def rows(self) -> Level:
         return self.levels[-1]
 
-    def by_encoder(self) -> Iterator[FamilyPlan]:
-        """One plan an encoder in use, in order. Host reads: for the CPU path."""
-        encoders = self.encoder.tolist()
-        for group in range(self.rows.group_offsets.numel() - 1):
-            first, last = bisect_left(encoders, group), bisect_right(encoders, group)
-            if first < last:
+    def by_encoder(self, most_rows: int = sys.maxsize) -> Iterator[FamilyPlan]:
+        """Plans of one encoder each, in order, cut between sequences where one would have more than `most_rows` rows.
+
+        Host reads: for the CPU path.
+        """
+        encoder, ends = self.encoder.tolist(), self.rows.cu_seqlens[1:].tolist()
+        first = start = 0
+        for last, end in enumerate(ends, 1):
+            if last < len(ends) and encoder[last] == encoder[first] and ends[last] - start <= most_rows:
+                continue
+            if 0 <= encoder[first] < self.rows.group_offsets.numel() - 1:
                 levels = tuple(level.narrow(first, last) for level in self.levels)
                 yield FamilyPlan(self.clip[first:last], self.encoder[first:last], levels)
+            first, start = last, end
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,9 @@ from mowe_kernels import FamilyPlan, FrameClock
 
 Context = Literal["valid", "window"]
 
+# Rows that go through all layers together on the CPU: enough for full GEMM speed.
+_ROWS_IN_CACHE = 2048
+
 
 class ClipFeatures:
     """A batch of clips in every form an encoder takes, each computed once, when first asked for."""
@@ -57,9 +60,11 @@ class EncoderFamily(nn.Module):
     hidden_size: int
     num_levels: int
 
-    def __init__(self, configs: list[PreTrainedConfig]):
+    def __init__(self, configs: list[PreTrainedConfig], do_normalize: bool = False):
+        """do_normalize: whether the encoders take waves of zero mean and unit variance."""
         super().__init__()
         self.configs = configs
+        self.do_normalize = do_normalize
         self.clock = self.frame_clock(configs[0])
 
     @classmethod
@@ -116,8 +121,10 @@ class EncoderFamily(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             if x.device.type != "cpu" or torch.compiler.is_compiling():
                 return self.encode(x, starts[plan.clip], plan)
-            # The CPU gains nothing from wide batches: one encoder at a time keeps its weights and rows in cache.
-            return torch.cat([self.encode(x, starts[part.clip], part) for part in plan.by_encoder()])
+            # The CPU gains nothing from wide batches: few rows of one encoder at a time stay in cache and reuse memory.
+            # Where a gradient is kept, every part costs one of the size of all encoders: then as few as possible.
+            parts = plan.by_encoder() if torch.is_grad_enabled() else plan.by_encoder(_ROWS_IN_CACHE)
+            return torch.cat([self.encode(x, starts[part.clip], part) for part in parts])
 
     @property
     def dtype(self) -> torch.dtype:

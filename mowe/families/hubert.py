@@ -33,9 +33,8 @@ class HubertFamily(EncoderFamily):
     encoder_class = HubertModel
 
     def __init__(self, configs: list[HubertConfig], do_normalize: bool = False):
-        super().__init__(configs)
+        super().__init__(configs, do_normalize)
         config, encoders = configs[0], len(configs)
-        self.do_normalize = do_normalize
         self.hidden_size = width = config.hidden_size
         self.kernels, self.strides = tuple(config.conv_kernel), tuple(config.conv_stride)
         self.num_levels = len(self.kernels) + 1

@@ -30,7 +30,7 @@ class WhisperFamily(EncoderFamily):
     num_levels = 2
 
     def __init__(self, configs: list[WhisperConfig], do_normalize: bool = False):
-        super().__init__(configs)
+        super().__init__(configs, do_normalize)
         config, encoders = configs[0], len(configs)
         self.hidden_size = width = config.d_model
         self.num_mel_bins = config.num_mel_bins

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mowe_kernels.reference._rows import add_product
+from mowe_kernels.reference._rows import CHUNK, add_product
 
 # Elements of unfolded windows held at a time.
 UNFOLDED = 1 << 22
@@ -20,7 +20,7 @@ UNFOLDED = 1 << 22
 def convolve_into(y: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, scale: float = 1.0) -> None:
     """y [U, N] += scale * the convolution."""
     taps = weight.shape[1]
-    for part, unfolded in _windows(pad_frames(x, padding, y.shape[0], taps, stride), y.shape[0], taps, stride):
+    for part, unfolded in windows(pad_frames(x, padding, y.shape[0], taps, stride), y.shape[0], taps, stride):
         add_product(y[part], unfolded, weight.flatten(1).T, scale)
 
 
@@ -40,7 +40,7 @@ def convolve_backward(
     frames, taps, matrix = grad.shape[0], weight.shape[1], weight.flatten(1)
     padded = pad_frames(x, padding, frames, taps, stride)
     grad_padded = torch.zeros_like(padded) if need_x else None
-    for part, unfolded in _windows(padded, frames, taps, stride):
+    for part, unfolded in windows(padded, frames, taps, stride):
         if grad_weight is not None:
             add_product(grad_weight.view(matrix.shape), grad[part].T, unfolded, scale)
         if not need_x and grad_scale is None:
@@ -69,13 +69,13 @@ def unpad_frames(padded: Tensor, padding: int, frames: int) -> Tensor:
     return torch.nn.functional.pad(seen, (0, 0, 0, frames - seen.shape[0]))
 
 
-def _windows(padded: Tensor, frames_out: int, taps: int, stride: int) -> Iterator[tuple[slice, Tensor]]:
+def windows(padded: Tensor, frames_out: int, taps: int, stride: int) -> Iterator[tuple[slice, Tensor]]:
     """(output frames, their windows [frames, taps * C]).
 
     A window is a run of memory, so the unfolded matrix is a view until the product reads it.
     """
     channels = padded.shape[1]
-    size = max(1, UNFOLDED // (taps * channels))
+    size = max(1, min(CHUNK, UNFOLDED // (taps * channels)))
     for start in range(0, frames_out, size):
         frames = min(size, frames_out - start)
         unfolded = padded[start * stride :].as_strided((frames, taps * channels), (stride * channels, 1))

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mowe_kernels.reference._convolution import convolve_backward, convolve_into, pad_frames, unpad_frames
+from mowe_kernels.reference._convolution import convolve_backward, pad_frames, unpad_frames, windows
 from mowe_kernels.reference._rows import clear_tail, sums
-from mowe_kernels.reference.grouped_linear import activate_into
+from mowe_kernels.reference.grouped_linear import activate_into, linear_into
 
 # torch prepares its convolution anew for every length it meets, so lengths are rounded up to this many frames.
 _FRAMES = 64
@@ -36,16 +36,13 @@ def forward(
     pre = torch.empty_like(out) if save_pre else x.new_empty(0)
     for e, source, rows in sequences(starts, lengths, encoder, cu_seqlens):
         y = (pre if save_pre else out)[rows]
-        y.zero_() if bias is None else y.copy_(bias[e].expand_as(y))
-        if groups == 1:
-            convolve_into(y, x[source], weight[e], stride, padding)
-        else:
-            _convolve_groups_into(y, x[source], weight[e], stride, padding, groups)
-        activate_into(out[rows], y, activation)
-        if positions is not None:
-            out[rows].add_(positions[e, : y.shape[0]])
-        if residual is not None:
-            out[rows].add_(residual[rows])
+        for part in _convolve_into(y, x[source], weight[e], None if bias is None else bias[e], stride, padding, groups):
+            at = slice(rows.start + part.start, rows.start + part.stop)
+            activate_into(out[at], y[part], activation)
+            if positions is not None:
+                out[at].add_(positions[e, part])
+            if residual is not None:
+                out[at].add_(residual[at])
     clear_tail(out, cu_seqlens)
     return out, clear_tail(pre, cu_seqlens) if save_pre else pre
 
@@ -111,12 +108,20 @@ def sequences(
             yield e, slice(start, start + length), slice(first, last)
 
 
-def _convolve_groups_into(y: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, groups: int) -> None:
-    """y [U, N] += the convolution with groups, whose windows are no runs of memory: left to torch."""
-    frames = _round_up(y.shape[0])
-    image = _image(pad_frames(x, padding, frames, weight.shape[1], stride))
-    result = torch.nn.functional.conv2d(image, _filters(weight), stride=(1, stride), groups=groups)
-    y += _frames(result)[: y.shape[0]]
+def _convolve_into(
+    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, groups: int
+) -> Iterator[slice]:
+    """y [U, N] = the convolution; yields the frames of each part of y once it is there, still in cache."""
+    frames, taps = y.shape[0], weight.shape[1]
+    if groups == 1:
+        for part, unfolded in windows(pad_frames(x, padding, frames, taps, stride), frames, taps, stride):
+            linear_into(y[part], unfolded, weight.flatten(1), bias)
+            yield part
+    else:  # windows are no runs of memory: left to torch
+        image = _image(pad_frames(x, padding, _round_up(frames), taps, stride))
+        result = torch.nn.functional.conv2d(image, _filters(weight), bias, (1, stride), groups=groups)
+        y.copy_(_frames(result)[:frames])
+        yield slice(0, frames)
 
 
 def _convolve_groups_backward(

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import mowe
-from tests.mowe.encoders import hubert, randomized, whisper
+from tests.mowe.encoders import clip, hubert, randomized, whisper
 from tests.mowe.tokenizer import byte_tokenizer
 
 VOCAB = 264  # 256 bytes, 3 special tokens, the placeholder, and room
@@ -17,6 +17,10 @@ _SIZES = {
     "num_key_value_heads": 2, "head_dim": 16,
 }  # fmt: skip
 _SPECIAL = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
+
+PROMPTS = ["a <|audio|> b", "<|audio|> and <|audio|>?", "no audio"]
+CLIPS = [[clip(16_000, 1)], [clip(40_000, 2), clip(9_000, 3)], []]
+GREEDY = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
 
 
 def language_model(model_type: str = "llama", seed: int = 9, **settings: Any) -> PreTrainedModel:
@@ -43,3 +47,8 @@ def tiny_model(
 
 def processor_of(model: mowe.MoweForConditionalGeneration, **tokenizer: Any) -> mowe.MoweProcessor:
     return mowe.MoweProcessor(mowe.MoweFeatureExtractor.from_config(model.config), byte_tokenizer(**tokenizer))
+
+
+def answers(model: mowe.MoweForConditionalGeneration, inputs: Any, **settings: Any) -> list[list[int]]:
+    """The new tokens of every prompt, the most likely ones unless the settings say otherwise."""
+    return model.generate(**inputs, **{**GREEDY, **settings})[:, inputs["input_ids"].shape[1] :].tolist()

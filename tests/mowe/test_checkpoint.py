@@ -204,17 +204,23 @@ def test_a_configuration_that_says_more_layers(copy):
 def test_transformers_says_nothing_beside_the_error(copy):
     folder = copy(HubertModel)
     reconfigure(folder, num_hidden_layers=3)
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_warning()
     records = []
     handler = logging.Handler()
     handler.emit = records.append
-    transformers.utils.logging.add_handler(handler)
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.WARNING)  # its default, which another test may have changed
+    logger.addHandler(handler)
     try:
         assert_refused(folder, CheckpointError, "missing keys")
         assert not records
         HubertModel.from_pretrained(folder)
         assert any("MISSING" in record.getMessage() for record in records)  # its own report, as loud as before
     finally:
-        transformers.utils.logging.remove_handler(handler)
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 @pytest.mark.parametrize(

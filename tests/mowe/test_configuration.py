@@ -50,3 +50,10 @@ def test_file_of_another_model_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ConfigError, match="model_type must be 'mowe'"):
         mowe.MoweConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["audio_config", "text_config", "pool_config"])
+@pytest.mark.parametrize("value", [3, "llama", ["llama"]])
+def test_part_that_is_no_configuration_is_refused(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"{name}: expected .* or its dictionary, got"):
+        mowe.MoweConfig(**{name: value})

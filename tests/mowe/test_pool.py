@@ -227,6 +227,7 @@ def test_encoders_that_nobody_chose_receive_no_gradient():
 
 @pytest.mark.parametrize("context", ["valid", "window"])
 def test_bfloat16(context):
+    torch.manual_seed(0)
     encoders = [model.bfloat16() for model in (whisper(encoder_layers=1), hubert(), wav2vec2(**LARGE))]
     pool = EncoderPool.from_encoders(encoders)
     assert all(parameter.dtype == torch.bfloat16 for parameter in pool.parameters())

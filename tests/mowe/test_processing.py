@@ -178,6 +178,9 @@ def test_audio_that_does_not_fit_is_refused(processor: mowe.MoweProcessor, call:
         {"text": ["a", "b"], "answers": ["c"]},
         {"text": "a", "return_tensors": "tf"},
         {"text": "a", "padding": "max_length"},
+        {"text": "a", "padding_side": "top"},
+        {"text": []},
+        {"text": None},
         {"text": ["a", "bc"], "padding": False},
     ],
 )
@@ -236,14 +239,16 @@ def test_chat_template_tokenizes(chat_processor: mowe.MoweProcessor, tmp_path: P
         "hello",
         {"role": "user", "content": [{"type": "image", "image": "x.png"}]},
         {"role": "user", "content": [{"type": "audio"}]},
+        {"role": "user", "content": [{"type": "sound", "audio": torch.zeros(100, 100)}]},
         {"role": "user", "content": [{"type": "text"}]},
         {"role": "user", "content": ["hello"]},
         {"role": "user", "content": 3},
     ],
 )
 def test_messages_that_cannot_be_read_are_refused(chat_processor: mowe.MoweProcessor, message: Any) -> None:
-    with pytest.raises(MoweError):
+    with pytest.raises(MoweError) as error:
         chat_processor.apply_chat_template([[message]])
+    assert "\n" not in str(error.value)
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:
