@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import os
-import shutil
-import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from types import ModuleType
-
-import torch
 
 BACKENDS = ("reference", "triton")
 
@@ -38,29 +31,10 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def implementation(op: str, device: torch.device, dtypes: Collection[torch.dtype] = ()) -> ModuleType:
-    """The module that computes `op` on `device`: `mowe_kernels.<backend>.<op>`.
+def implementation(op: str) -> ModuleType:
+    """The module that computes `op`: `mowe_kernels.<backend>.<op>`, plain torch unless `use_backend` says otherwise.
 
-    dtypes: those of its tensors. Without `use_backend`, CUDA tensors go to the Triton kernels where these can run, all
-    but float64, which has none; the rest goes to plain torch.
+    The Triton kernels have been run in Triton's interpreter alone, never on a GPU: until they have, nobody gets them
+    without asking.
     """
-    backend = _forced
-    if backend is None:
-        suits = device.type == "cuda" and torch.float64 not in dtypes and _triton_runs(device)
-        backend = "triton" if suits else "reference"
-    return importlib.import_module(f"mowe_kernels.{backend}.{op}")
-
-
-@cache
-def _triton_runs(device: torch.device) -> bool:
-    """Whether Triton can build and run kernels for a CUDA device; a warning says why not, the first time."""
-    if importlib.util.find_spec("triton") is None:
-        obstacle = "triton is not installed"
-    elif not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        obstacle = "triton finds no C compiler (gcc or clang)"
-    elif torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
-        obstacle = "the kernels need an NVIDIA GPU of compute capability 8.0 or newer"
-    else:
-        return True
-    warnings.warn(f"computing with plain torch, which is slower: {obstacle}", RuntimeWarning, stacklevel=2)
-    return False
+    return importlib.import_module(f"mowe_kernels.{_forced or 'reference'}.{op}")

@@ -45,7 +45,7 @@ def run(folder: Path | None, screen: Screen) -> None:
         "parts": [asdict(part) for part in parts],
         "parameters": sum(part.parameters for part in parts),
         "device": device.type,
-        "backend": _backend(device),
+        "backend": _backend(),
         "versions": versions,
     }
     runs_on = ", ".join(f"{name} {number}" for name, number in versions.items())
@@ -130,5 +130,5 @@ def _memory(count: float) -> str:
     return f"{count:.1f} GiB"
 
 
-def _backend(device: torch.device) -> str:
-    return implementation("route_topk", device).__name__.split(".")[1]
+def _backend() -> str:
+    return implementation("route_topk").__name__.split(".")[1]

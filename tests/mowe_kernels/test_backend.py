@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import sys
 import threading
 from types import ModuleType
@@ -9,10 +8,8 @@ import pytest
 import torch
 
 import mowe_kernels
-from mowe_kernels.backend import _triton_runs, implementation
+from mowe_kernels.backend import implementation
 from tests.mowe_kernels.checks import int32, normal, raises
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -38,8 +35,8 @@ def mean(x: torch.Tensor) -> torch.Tensor:
     return mowe_kernels.sequence_mean(x, int32(0), int32(x.shape[0]))
 
 
-def test_the_cpu_computes_with_plain_torch():
-    assert implementation("sequence_mean", CPU).__name__ == "mowe_kernels.reference.sequence_mean"
+def test_plain_torch_computes_by_default():
+    assert implementation("sequence_mean").__name__ == "mowe_kernels.reference.sequence_mean"
 
 
 def test_a_forced_backend_computes_forward_and_backward(spy):
@@ -80,39 +77,3 @@ def test_an_error_restores_what_was(spy):
 def test_an_unknown_backend():
     with raises("unknown backend 'cuda'", "reference, triton"), mowe_kernels.use_backend("cuda"):
         pass
-
-
-@pytest.fixture
-def gpu(monkeypatch) -> torch.device:
-    """A GPU the kernels run on, as far as the choice of a backend can tell."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    monkeypatch.setenv("CC", "cc")
-    _triton_runs.cache_clear()
-    yield torch.device("cuda", 0)
-    _triton_runs.cache_clear()
-
-
-def test_a_gpu_computes_with_triton(gpu, spy):
-    assert implementation("sequence_mean", gpu, {torch.float32}).__name__ == "mowe_kernels.triton.sequence_mean"
-    with mowe_kernels.use_backend("reference"):
-        assert implementation("sequence_mean", gpu).__name__ == "mowe_kernels.reference.sequence_mean"
-
-
-def test_float64_has_no_triton_kernels(gpu):
-    module = implementation("sequence_mean", gpu, {torch.int32, torch.float64})
-    assert module.__name__ == "mowe_kernels.reference.sequence_mean"
-
-
-@pytest.mark.parametrize("missing", ["triton", "compiler", "capability"])
-def test_a_gpu_triton_cannot_serve_computes_with_plain_torch_and_says_so_once(gpu, monkeypatch, missing):
-    if missing == "triton":
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    elif missing == "compiler":
-        monkeypatch.delenv("CC")
-        monkeypatch.setenv("PATH", "")
-    else:
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    with pytest.warns(RuntimeWarning, match=missing) as warned:
-        for _ in range(2):
-            assert implementation("sequence_mean", gpu).__name__ == "mowe_kernels.reference.sequence_mean"
-    assert len(warned) == 1

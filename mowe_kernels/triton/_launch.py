@@ -1,0 +1,159 @@
+"""Starting a kernel, or writing down how it would be started; what a launcher may know of the hardware."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mowe_kernels.triton._compilation import Compilation
+
+DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+
+
+class Hardware(NamedTuple):
+    """capability: 80, 86, 89, 90, 100. num_sms: multiprocessors. shared: bytes of shared memory a program may use."""
+
+    capability: int
+    num_sms: int
+    shared: int
+
+
+# Of each architecture: what launch settings are chosen for when there is no device to ask.
+ARCHITECTURES = {
+    80: Hardware(80, 108, 166912),
+    86: Hardware(86, 84, 101376),
+    89: Hardware(89, 142, 101376),
+    90: Hardware(90, 132, 232448),
+    100: Hardware(100, 148, 232448),
+}
+
+# For the whole process: autograd runs the backward of CUDA tensors in threads of its own.
+_state: dict[str, Any] = {"hardware": None, "settings": {}, "launches": None}
+
+
+@contextmanager
+def _changed(**changes: Any) -> Iterator[None]:
+    before = dict(_state)
+    _state.update(changes)
+    try:
+        yield
+    finally:
+        _state.update(before)
+
+
+def assume(hardware: Hardware) -> AbstractContextManager[None]:
+    """Inside the `with` block, choose launch settings for this hardware instead of the device the tensors are on."""
+    return _changed(hardware=hardware)
+
+
+def override(**settings: Any) -> AbstractContextManager[None]:
+    """Inside the `with` block, use these launch settings, whatever the tables of the ops say."""
+    return _changed(settings={**_state["settings"], **settings})
+
+
+@contextmanager
+def record(capability: int) -> Iterator[list[Compilation]]:
+    """Write down the launches of the `with` block, as on hardware of this capability, instead of making them.
+
+    Inside, launchers take tensors of the meta device.
+    """
+    launches: list[Compilation] = []
+    with _changed(hardware=ARCHITECTURES[capability], launches=launches):
+        yield launches
+
+
+def setting(name: str, default: Any) -> Any:
+    """A launch setting: the one `override` asks for, or what the op's table gives."""
+    return _state["settings"].get(name, default)
+
+
+def hardware(device: torch.device) -> Hardware:
+    """The hardware to choose launch settings for. The interpreter passes for an sm_80 with few multiprocessors."""
+    if _state["hardware"] is not None:
+        return _state["hardware"]
+    return _query(device.index) if device.type == "cuda" else ARCHITECTURES[80]._replace(num_sms=4)
+
+
+@cache
+def _query(index: int) -> Hardware:
+    properties = torch.cuda.get_device_properties(index)
+    # 12.x has the matrix instructions and the shared memory of 8.9, not those of 9.0 and 10.0.
+    capability = 89 if properties.major >= 12 else 10 * properties.major + properties.minor
+    return Hardware(capability, properties.multi_processor_count, properties.shared_memory_per_block_optin)
+
+
+def check_dtypes(op: str, *tensors: Tensor | None) -> None:
+    """Raise ValueError unless all the tensors there are share one of the types the kernels compute in."""
+    dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
+    if len(dtypes) != 1 or not dtypes <= {torch.float16, torch.bfloat16, torch.float32}:
+        got = ", ".join(sorted(str(dtype) for dtype in dtypes))
+        raise ValueError(f"{op}: the Triton kernels take one type of float16, bfloat16 and float32, got {got}")
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors as the kernels read them: rows one after the other."""
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own, made for kernels, costs a launcher microseconds; so does the next."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def launch(
+    kernel: Any, programs: int, *args: Any, num_warps: int, num_stages: int, matmul: bool = False, **constexprs: Any
+) -> None:
+    """Run `programs` programs of a kernel on the device its first tensor is on; none, if there is nothing to do.
+
+    args: the arguments that are not constants, in the kernel's order, the first a tensor or a descriptor of one.
+    matmul: whether its dot products are expected on matrix instructions; only the report of compilations asks.
+    """
+    if programs <= 0:
+        return
+    if _state["launches"] is not None:
+        _state["launches"].append(_describe(kernel, args, num_warps, num_stages, matmul, constexprs))
+        return
+    device = getattr(args[0], "base", args[0]).device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[(programs,)](*args, num_warps=num_warps, num_stages=num_stages, **constexprs)
+    else:
+        kernel[(programs,)](*args, num_warps=num_warps, num_stages=num_stages, **constexprs)
+
+
+def recorded(capability: int, calls: Mapping[str, Callable[[], Any]]) -> Iterator[Compilation]:
+    """The launches each of the named calls makes, called "<kernel>, <call>"; those that differ in nothing else once."""
+    seen = []
+    for name, call in calls.items():
+        with record(capability) as launches:
+            call()
+        for launched in launches:
+            if launched not in seen:
+                seen.append(launched)
+                yield replace(launched, name=f"{launched.name}, {name}")
+
+
+def _describe(
+    kernel: Any, args: tuple[Any, ...], num_warps: int, num_stages: int, matmul: bool, constexprs: dict[str, Any]
+) -> Compilation:
+    signature, constants = {}, dict(constexprs)
+    for name, arg, parameter in zip(kernel.arg_names, args, kernel.params, strict=False):
+        if arg is None:
+            constants[name] = None
+        elif isinstance(arg, Tensor):
+            signature[name] = f"*{DTYPES[arg.dtype]}" + (":1" if parameter.do_not_specialize_on_alignment else "")
+        elif hasattr(arg, "block_shape"):
+            signature[name] = f"tensordesc<{DTYPES[arg.base.dtype]}{list(arg.block_shape)}>"
+        else:
+            signature[name] = "fp32" if isinstance(arg, float) else "i32"
+    return Compilation(kernel.__name__, kernel, signature, constants, num_warps, num_stages, matmul)

@@ -1,0 +1,255 @@
+"""Triton `grouped_linear`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from mowe_kernels.triton import _gemm
+from mowe_kernels.triton._compilation import Compilation
+from mowe_kernels.triton._launch import (
+    Hardware,
+    cdiv,
+    check_dtypes,
+    contiguous,
+    hardware,
+    launch,
+    next_power_of_2,
+    recorded,
+    setting,
+)
+
+
+class Tile(NamedTuple):
+    """Rows, columns and depth of the block a program multiplies, its warps and its stages of prefetching."""
+
+    rows: int
+    cols: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# By bits of the type and capability (the newest that is not newer than the device): the block of a program when there
+# are enough for every multiprocessor, and the block when there are not. Two of the former fit a multiprocessor, so that
+# one's epilogue hides behind the other's products.
+TILES = {
+    (16, 90): (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4)),
+    (16, 86): (Tile(128, 64, 32, 4, 4), Tile(64, 64, 32, 4, 4)),
+    (16, 80): (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 4)),
+    (32, 80): (Tile(128, 64, 16, 8, 3), Tile(64, 32, 16, 4, 3)),
+}
+# The same for the products over rows: here `depth` counts rows, `rows` and `cols` the two sides of the weight.
+WGRAD_TILES = {
+    (16, 90): Tile(128, 128, 64, 8, 3),
+    (16, 80): Tile(128, 128, 32, 8, 3),
+    (32, 80): Tile(128, 64, 16, 8, 3),
+}
+TMA_SINCE = 90  # capability from which blocks are fetched through descriptors
+WGRAD_PROGRAMS_PER_SM = 4
+WGRAD_MIN_CHUNK = 512
+REDUCE_BLOCK = 1024
+EPILOGUE_ROWS = 8
+BAND = 8  # row tiles walked together
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    group_offsets: Tensor,
+    residual: Tensor | None,
+    row_scale: Tensor | None,
+    activation: str,
+    save_pre: bool,
+) -> tuple[Tensor, Tensor]:
+    check_dtypes("grouped_linear", x, weight)
+    x, weight, bias, residual, row_scale = contiguous(x, weight, bias, residual, row_scale)
+    out = x.new_empty(x.shape[0], weight.shape[1])
+    pre = torch.empty_like(out) if save_pre else x.new_empty(0)
+    gemm(
+        x, weight, group_offsets, out,
+        bias=bias, gelu=activation == "gelu", scale=row_scale, residual=residual, pre=pre if save_pre else None,
+    )  # fmt: skip
+    return out, pre
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    group_offsets: Tensor,
+    row_scale: Tensor | None,
+    pre: Tensor,
+    activation: str,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_dtypes("grouped_linear", grad, x, weight)
+    grad, x, weight, row_scale = contiguous(grad, x, weight, row_scale)
+    nothing = x.new_empty(0)
+    need_product = need_x or need_weight or need_bias
+    grad_scale = torch.empty_like(row_scale) if need_scale else nothing
+    if need_scale or (need_product and (activation or row_scale is not None)):
+        g = torch.empty_like(grad) if need_product else None
+        _through_epilogue(grad, pre, row_scale, group_offsets, activation, g, grad_scale if need_scale else None)
+    else:
+        g = grad
+    if not need_product:
+        return nothing, nothing, nothing, grad_scale
+    grad_x = torch.empty_like(x) if need_x else nothing
+    if need_x:
+        gemm(g, weight, group_offsets, grad_x, transposed=True)
+    return grad_x, *wgrad(g, x, weight, group_offsets, need_weight, need_bias), grad_scale
+
+
+def gemm(
+    a: Tensor,
+    weight: Tensor,
+    group_offsets: Tensor,
+    out: Tensor,
+    *,
+    transposed: bool = False,
+    bias: Tensor | None = None,
+    gelu: bool = False,
+    scale: Tensor | None = None,
+    through: Tensor | None = None,
+    residual: Tensor | None = None,
+    pre: Tensor | None = None,
+) -> None:
+    """out = scale * act(a @ weight[e].T + bias[e]) * gelu'(through) + residual, pre the value before act.
+
+    a: [R, K]. weight: [E, N, K], with `transposed` [E, K, N], and then a @ weight[e] is meant. out, residual, pre,
+    through: [R, N], and out may be `through` itself.
+    """
+    rows, k = a.shape
+    experts, n = weight.shape[0], out.shape[1]
+    device = hardware(a.device)
+    tile = gemm_tile(device, a.dtype, rows, n)
+    block = (tile.depth, tile.cols) if transposed else (tile.cols, tile.depth)
+    (p_a, p_w), tma = operands(device, (a, (tile.rows, tile.depth)), (weight, block))
+    launch(
+        _gemm.grouped_gemm_kernel, (rows // tile.rows + experts) * cdiv(n, tile.cols) if rows else 0,
+        p_a, p_w, bias, group_offsets, residual, scale, through, pre, out,
+        E=experts, BE=next_power_of_2(experts), N=n, K=k, TRANSPOSED=transposed, GELU=gelu,
+        BM=tile.rows, BN=tile.cols, BK=tile.depth, BAND=BAND, TMA=tma,
+        num_warps=tile.warps, num_stages=tile.stages, matmul=a.itemsize == 2,
+    )  # fmt: skip
+
+
+def wgrad(
+    g: Tensor, x: Tensor, weight: Tensor, group_offsets: Tensor, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, Tensor]:
+    """Every group's g.T @ x [E, N, K] and sums of g over its rows [E, N], in the type of `weight` [E, N, K].
+
+    g: [R, N]. x: [R, K]. What is not needed is empty.
+    """
+    rows, (experts, n, k) = g.shape[0], weight.shape
+    grad_weight = torch.empty_like(weight) if need_weight else weight.new_empty(0)
+    grad_bias = weight.new_empty(experts, n) if need_bias else weight.new_empty(0)
+    if not (need_weight or need_bias):
+        return grad_weight, grad_bias
+    device = hardware(g.device)
+    tile = setting("wgrad_tile", newest(WGRAD_TILES, device, g.dtype))
+    tiles = cdiv(n, tile.rows) * (need_weight * cdiv(k, tile.cols) + need_bias)
+    chunks = cdiv(WGRAD_PROGRAMS_PER_SM * device.num_sms, tiles)
+    chunk = setting("wgrad_chunk", max(cdiv(rows, chunks), WGRAD_MIN_CHUNK))
+    parts = 2 * rows // chunk if chunk < rows else 0
+    weight_parts = g.new_empty(parts, n, k, dtype=torch.float32) if need_weight else None
+    bias_parts = g.new_empty(parts, n, dtype=torch.float32) if need_bias else None
+    launch(
+        _gemm.grouped_wgrad_kernel, (rows // chunk + experts) * tiles,
+        g, x, group_offsets, grad_weight if need_weight else None, grad_bias if need_bias else None,
+        weight_parts, bias_parts, chunk,
+        E=experts, BE=next_power_of_2(experts), N=n, K=k, BM=tile.depth, BN=tile.rows, BK=tile.cols,
+        num_warps=tile.warps, num_stages=tile.stages, matmul=need_weight and g.itemsize == 2,
+    )  # fmt: skip
+    for total, summands in ((grad_weight, weight_parts), (grad_bias, bias_parts)):
+        if parts and summands is not None:
+            size = total[0].numel()
+            launch(
+                _gemm.grouped_wgrad_reduce_kernel, experts * cdiv(size, REDUCE_BLOCK),
+                summands, group_offsets, total, chunk, M=size, BLOCK=REDUCE_BLOCK, num_warps=4, num_stages=3,
+            )  # fmt: skip
+    return grad_weight, grad_bias
+
+
+def _through_epilogue(
+    grad: Tensor,
+    pre: Tensor,
+    scale: Tensor | None,
+    group_offsets: Tensor,
+    activation: str,
+    out: Tensor | None,
+    grad_scale: Tensor | None,
+) -> None:
+    """out [R, N] = grad * scale * act'(pre), grad_scale [R] = the sums of grad * act(pre)."""
+    rows, n = grad.shape
+    launch(
+        _gemm.through_epilogue_kernel, cdiv(rows, EPILOGUE_ROWS),
+        grad, pre if pre.numel() else None, scale, group_offsets[-1:], out, grad_scale,
+        N=n, GELU=activation == "gelu", BM=EPILOGUE_ROWS, BN=min(256, next_power_of_2(n)),
+        num_warps=8, num_stages=3,
+    )  # fmt: skip
+
+
+def gemm_tile(device: Hardware, dtype: torch.dtype, rows: int, cols: int) -> Tile:
+    """The block of a program for an output [rows, cols]."""
+    large, small = newest(TILES, device, dtype)
+    starved = cdiv(rows, large.rows) * cdiv(cols, large.cols) < device.num_sms
+    return setting("gemm_tile", small if starved else large)
+
+
+def newest(table: dict[tuple[int, int], Any], device: Hardware, dtype: torch.dtype) -> Any:
+    """The entry of a table by (bits of the type, capability) that comes closest to the device from below."""
+    bits = 8 * dtype.itemsize
+    return table[max(key for key in table if key[0] == bits and key[1] <= max(device.capability, 80))]
+
+
+def operands(device: Hardware, *blocked: tuple[Tensor, tuple[int, int]]) -> tuple[list[Any], bool]:
+    """Matrices as a kernel takes them, each with the block it is read by, and whether those are descriptors.
+
+    They are where the device has descriptors (sm_90 and newer) and they can name every one of the matrices: 16-bit
+    elements, rows that start at multiples of 16 bytes, at least one row. Stacked matrices [E, N, K] become [E * N, K].
+    """
+    matrices = [matrix for matrix, _ in blocked]
+    if device.capability < setting("tma_since", TMA_SINCE) or not all(map(_fits_descriptor, matrices)):
+        return matrices, False
+    return [TensorDescriptor.from_tensor(matrix.flatten(0, -2), list(block)) for matrix, block in blocked], True
+
+
+def _fits_descriptor(matrix: Tensor) -> bool:
+    aligned = matrix.data_ptr() % 16 == 0 and matrix.shape[-1] * matrix.itemsize % 16 == 0
+    return matrix.itemsize == 2 and aligned and matrix.numel() > 0
+
+
+def compilations(capability: int) -> Iterator[Compilation]:
+    """Feed-forward layers of Whisper and HuBERT encoders, forward and backward."""
+    calls = {}
+    for case, rows, d, dtype in (
+        ("tiny", 48000, 384, torch.bfloat16),
+        ("tiny, few rows", 400, 384, torch.bfloat16),
+        ("hubert", 48000, 768, torch.bfloat16),
+        ("large", 48000, 1280, torch.bfloat16),
+        ("tiny, float32", 48000, 384, torch.float32),
+    ):
+        like = torch.empty(0, dtype=dtype, device="meta")
+        offsets = like.new_empty(9, dtype=torch.int32)
+        x, hidden, scale = like.new_empty(rows, d), like.new_empty(rows, 4 * d), like.new_empty(rows)
+        up, down = like.new_empty(8, 4 * d, d), like.new_empty(8, d, 4 * d)
+        up_bias, down_bias = like.new_empty(8, 4 * d), like.new_empty(8, d)
+        calls |= {
+            f"fc1 of {case}": partial(forward, x, up, up_bias, offsets, None, None, "gelu", True),
+            f"fc2 of {case}": partial(forward, hidden, down, down_bias, offsets, x, scale, "", True),
+            f"gradients of fc1 of {case}": partial(
+                backward, hidden, x, up, offsets, scale, hidden, "gelu", True, True, True, True
+            ),
+        }
+    yield from recorded(capability, calls)

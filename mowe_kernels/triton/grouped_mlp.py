@@ -1,0 +1,155 @@
+"""Triton `grouped_mlp`: one kernel for narrow encoders, the kernels of its parts for wide ones and for the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mowe_kernels.triton import _mlp, grouped_layer_norm
+from mowe_kernels.triton._compilation import Compilation
+from mowe_kernels.triton._launch import (
+    Hardware,
+    check_dtypes,
+    contiguous,
+    hardware,
+    launch,
+    next_power_of_2,
+    recorded,
+    setting,
+)
+from mowe_kernels.triton.grouped_linear import gemm, newest, operands, wgrad
+
+
+class Block(NamedTuple):
+    """Rows, hidden values and columns a program handles at a time, its warps and its stages of prefetching."""
+
+    rows: int
+    hidden: int
+    cols: int
+    warps: int
+    stages: int
+
+
+# By bits of the type and capability, the blocks of the fused kernel for encoders up to a width: as many rows as
+# registers hold the sums of, since every program reads all the weights. Float32, which has no matrix instructions to
+# keep busy, and what is wider than the table says go through memory.
+FUSED = {
+    (32, 80): {},
+    (16, 80): {384: Block(64, 32, 128, 8, 2), 512: Block(64, 16, 128, 8, 2)},
+    (16, 86): {384: Block(64, 16, 128, 8, 2), 512: Block(32, 16, 128, 8, 2)},
+    (16, 90): {256: Block(128, 64, 128, 8, 2), 384: Block(128, 32, 128, 8, 2), 512: Block(64, 32, 128, 8, 2)},
+    (16, 100): {384: Block(128, 32, 128, 8, 2)},
+}
+
+
+def forward(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    group_offsets: Tensor,
+    eps: float,
+) -> Tensor:
+    check_dtypes("grouped_mlp", x, norm_weight, fc1_weight, fc2_weight)
+    x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias = contiguous(
+        x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias
+    )
+    out = torch.empty_like(x)
+    device = hardware(x.device)
+    block = fused_block(device, x)
+    if block is None:
+        h = _normed(x, norm_weight, norm_bias, group_offsets, eps)
+        hidden = x.new_empty(x.shape[0], fc1_weight.shape[1])
+        gemm(h, fc1_weight, group_offsets, hidden, bias=fc1_bias, gelu=True)
+        gemm(hidden, fc2_weight, group_offsets, out, bias=fc2_bias, residual=x)
+        return out
+    (rows, d), (experts, f, _) = x.shape, fc1_weight.shape
+    (fc1, fc2), tma = operands(
+        device, (fc1_weight, (block.hidden, block.cols)), (fc2_weight, (block.cols, block.hidden))
+    )
+    launch(
+        _mlp.grouped_mlp_fwd_kernel, rows // block.rows + experts if rows else 0,
+        x, norm_weight, norm_bias, fc1, fc1_bias, fc2, fc2_bias, group_offsets, out, eps,
+        E=experts, BE=next_power_of_2(experts), D=d, F=f,
+        BM=block.rows, BF=block.hidden, BD=block.cols, TMA=tma,
+        num_warps=block.warps, num_stages=block.stages, matmul=x.itemsize == 2,
+    )  # fmt: skip
+    return out
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    group_offsets: Tensor,
+    eps: float,
+    need_x: bool,
+    need_parameters: bool,
+) -> tuple[Tensor, ...]:
+    check_dtypes("grouped_mlp", grad, x, norm_weight, fc1_weight, fc2_weight)
+    grad, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias = contiguous(
+        grad, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias
+    )
+    nothing = x.new_empty(0)
+    h = _normed(x, norm_weight, norm_bias, group_offsets, eps)
+    pre = x.new_empty(x.shape[0], fc1_weight.shape[1])
+    grads_fc1 = grads_fc2 = grads_norm = (nothing, nothing)
+    if need_parameters:
+        hidden = torch.empty_like(pre)
+        gemm(h, fc1_weight, group_offsets, hidden, bias=fc1_bias, gelu=True, pre=pre)
+        grads_fc2 = wgrad(grad, hidden, fc2_weight, group_offsets, True, True)
+        del hidden
+    else:
+        gemm(h, fc1_weight, group_offsets, pre, bias=fc1_bias)
+    grad_pre = pre  # every value is read by the program that replaces it
+    gemm(grad, fc2_weight, group_offsets, grad_pre, transposed=True, through=pre)
+    if need_parameters:
+        grads_fc1 = wgrad(grad_pre, h, fc1_weight, group_offsets, True, True)
+    grad_x = nothing
+    if norm_weight is None:
+        if need_x:
+            grad_x = torch.empty_like(x)
+            gemm(grad_pre, fc1_weight, group_offsets, grad_x, transposed=True, residual=grad)
+    else:
+        grad_h = torch.empty_like(x)
+        gemm(grad_pre, fc1_weight, group_offsets, grad_h, transposed=True)
+        grad_x, *grads_norm = grouped_layer_norm.backward(
+            grad_h, x, norm_weight, norm_bias, group_offsets, eps, "", need_x, need_parameters, residual=grad
+        )
+    return grad_x, *grads_norm, *grads_fc1, *grads_fc2
+
+
+def fused_block(device: Hardware, x: Tensor) -> Block | None:
+    """The block of the fused kernel for rows x [R, D], None where the parts are launched one by one."""
+    blocks = newest(FUSED, device, x.dtype)
+    width = min((width for width in blocks if width >= x.shape[1]), default=None)
+    return setting("mlp_block", blocks.get(width))
+
+
+def _normed(x: Tensor, weight: Tensor | None, bias: Tensor | None, group_offsets: Tensor, eps: float) -> Tensor:
+    return x if weight is None else grouped_layer_norm.forward(x, weight, bias, group_offsets, eps, "")
+
+
+def compilations(capability: int) -> Iterator[Compilation]:
+    """The blocks of small encoders, fused where they are, and their gradients."""
+    calls = {}
+    for d in (256, 384, 512):
+        x = torch.empty(48000, d, dtype=torch.bfloat16, device="meta")
+        norm, hidden = x.new_empty(8, d), x.new_empty(8, 4 * d)
+        up, down, offsets = x.new_empty(8, 4 * d, d), x.new_empty(8, d, 4 * d), x.new_empty(9, dtype=torch.int32)
+        block = (norm, norm, up, hidden, down, norm, offsets, 1e-5)
+        calls[f"width {d}"] = partial(forward, x, *block)
+    calls[f"gradients of width {d}"] = partial(backward, x, x, *block, True, True)
+    yield from recorded(capability, calls)

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from mowe_kernels import compile_report
+from mowe_kernels.compile_report import Outcome
+from mowe_kernels.triton import _compilation
+from mowe_kernels.triton._compilation import Compilation
+
+FITS = {"registers": 128, "spills": 0, "shared": 1024, "ptx": "wgmma.mma_async wgmma.mma_async"}
+
+
+def section(report: str, op: str) -> str:
+    return re.search(rf"^## {op}\n.*?(?=^## |\Z)", report, re.DOTALL | re.MULTILINE)[0].strip()
+
+
+@pytest.mark.parametrize("op", compile_report.ops())
+def test_every_op_names_what_it_compiles(op):
+    assert callable(importlib.import_module(f"mowe_kernels.triton.{op}").compilations)
+
+
+def test_the_committed_report_is_what_the_kernels_compile_to():
+    """Of one op; `python -m mowe_kernels.compile_report --write` renews them all."""
+    committed = compile_report.PATH.read_text()
+    assert re.findall(r"^## (.*)$", committed, re.MULTILINE) == compile_report.ops()
+    command = [sys.executable, "-m", "mowe_kernels.compile_report", "grouped_layer_norm"]
+    fresh = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    version = re.search(r"with triton (\S+)\.$", fresh, re.MULTILINE)[1]
+    if f"with triton {version}.\n" not in committed:
+        pytest.skip(f"the report was not made with triton {version}")
+    assert section(fresh, "grouped_layer_norm") == section(committed, "grouped_layer_norm")
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({}, ""),
+        ({"spills": 8}, "spills 8 bytes"),
+        ({"shared": 300000}, "wants 300000 bytes of shared memory"),
+        ({"ptx": "mma.sync"}, "without wgmma"),
+    ],
+)
+def test_what_is_wrong_with_a_kernel_is_found(monkeypatch, change, problem):
+    compiled = FITS | change
+    kernel = SimpleNamespace(
+        asm={"cubin": b"", "ptx": compiled["ptx"]}, metadata=SimpleNamespace(shared=compiled["shared"])
+    )
+    monkeypatch.setattr(_compilation, "compile_for", lambda compilation, capability: kernel)
+    monkeypatch.setattr(compile_report, "_resources", lambda cubin: (compiled["registers"], compiled["spills"]))
+    compilation = Compilation("name", None, {}, {}, num_warps=4, num_stages=1, matmul=True)
+    outcome = compile_report._outcome("op", compilation, 90)
+    assert problem in outcome.problem and bool(problem) == bool(outcome.problem)
+    assert (problem or "2 wgmma") in compile_report.table([outcome])
+
+
+def test_a_kernel_that_does_not_compile_is_named(monkeypatch):
+    def fail(compilation, capability):
+        raise RuntimeError("no such layout")
+
+    monkeypatch.setattr(_compilation, "compile_for", fail)
+    outcome = compile_report._outcome("op", Compilation("name", None, {}, {}, 4, 1, False), 80)
+    assert outcome.problem == "does not compile: no such layout"
+
+
+def test_an_unknown_op(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        compile_report.main(["grouped_lineer"])
+    assert stopped.value.code == 2
+    assert "no kernels of grouped_lineer" in capsys.readouterr().err
+
+
+def test_renewing_one_table_keeps_the_others():
+    made = {op: Outcome(op, "kernel", 80, 4, 32, 0, 0, "", "") for op in "abc"}
+    report = compile_report.table(list(made.values()))
+    fresh = compile_report.table([made["b"]._replace(registers=1)])
+    renewed = compile_report.renewed(report, fresh)
+    assert compile_report.renewed("", report) == report
+    assert [section(renewed, op) == section(report, op) for op in "abc"] == [True, False, True]
+    assert section(renewed, "b") == section(fresh, "b")
+    assert compile_report.renewed(report.replace("with triton", "with an older triton"), fresh) == fresh

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mowe_kernels import grouped_linear, use_backend
+from mowe_kernels.triton._launch import ARCHITECTURES, assume, override
+from mowe_kernels.triton.grouped_linear import Tile
+from tests.mowe_kernels.checks import GROUPS, Inputs, normal, offsets, raises, rows_with_tail, table
+from tests.mowe_kernels.triton.accuracy import DEVICE, DTYPES, assert_as_accurate_as_torch
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+EPILOGUES = {
+    "plain": ((), ""),
+    "bias": (("bias",), ""),
+    "gelu": (("bias",), "gelu"),
+    "residual": (("bias", "residual"), ""),
+    "scale": (("row_scale",), ""),
+    "all": (("bias", "residual", "row_scale"), "gelu"),
+}
+SHAPES = {"odd": (29, 19), "even": (32, 48)}
+
+
+def make_inputs(sizes: tuple[int, ...], tail: int, epilogue: tuple[str, ...], k: int, n: int) -> Inputs:
+    rows, encoders = sum(sizes), len(sizes)
+    inputs = {
+        "x": rows_with_tail(rows, tail, k),
+        "weight": normal(encoders, n, k) / k**0.5,
+        "bias": normal(encoders, n),
+        "residual": rows_with_tail(rows, tail, n),
+        "row_scale": rows_with_tail(rows, tail),
+    }
+    return {name: value if name in ("x", "weight", *epilogue) else None for name, value in inputs.items()}
+
+
+def op(sizes: tuple[int, ...], activation: str):
+    def call(x, weight, bias, residual, row_scale):
+        return grouped_linear(
+            x, weight, bias, offsets(sizes).to(DEVICE), activation=activation, residual=residual, row_scale=row_scale
+        )
+
+    return call
+
+
+SMALL = {"gemm_tile": Tile(16, 16, 16, 4, 2), "wgrad_tile": Tile(16, 16, 16, 4, 2), "wgrad_chunk": 6}
+
+
+@table(GROUPS, "sizes")
+@table(SHAPES, "shape")
+def test_layouts(sizes, shape):
+    inputs = make_inputs(sizes, 3, EPILOGUES["all"][0], *shape)
+    with override(**SMALL):
+        assert_as_accurate_as_torch(op(sizes, "gelu"), inputs, sum(sizes), torch.float32)
+
+
+@table(EPILOGUES, "epilogue")
+def test_epilogues(epilogue):
+    sizes = GROUPS["primes"]
+    inputs = make_inputs(sizes, 3, epilogue[0], *SHAPES["odd"])
+    with override(**SMALL):
+        assert_as_accurate_as_torch(op(sizes, epilogue[1]), inputs, sum(sizes), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("capability", [80, 86, 90])
+def test_settings_of_every_architecture(dtype, capability):
+    """The blocks of the tables, several of them in each direction, fetched through descriptors where they are."""
+    sizes = (140, 0, 70)
+    inputs = make_inputs(sizes, 5, EPILOGUES["all"][0], 72, 136)
+    few_programs = ARCHITECTURES[capability]._replace(num_sms=1)
+    with assume(few_programs), override(wgrad_chunk=80):
+        assert_as_accurate_as_torch(op(sizes, "gelu"), inputs, sum(sizes), dtype)
+
+
+@pytest.mark.parametrize("learning", ["x", "weight", "bias", "row_scale"])
+def test_gradients_one_by_one(learning):
+    sizes = GROUPS["primes"]
+    inputs = make_inputs(sizes, 0, ("bias", "row_scale"), *SHAPES["odd"])
+    frozen = tuple(name for name in inputs if name != learning)
+    with override(**SMALL):
+        assert_as_accurate_as_torch(op(sizes, "gelu"), inputs, sum(sizes), torch.float32, frozen)
+
+
+def test_more_groups_than_rows():
+    sizes = (1, 0, 0, 2) * 12
+    inputs = make_inputs(sizes, 0, ("bias",), 5, 3)
+    with override(**SMALL):
+        assert_as_accurate_as_torch(op(sizes, ""), inputs, sum(sizes), torch.float32)
+
+
+def test_reads_rows_that_are_not_contiguous():
+    sizes = GROUPS["primes"]
+    inputs = make_inputs(sizes, 0, ("bias", "residual"), *SHAPES["odd"])
+
+    def call(x, weight, bias, residual, row_scale):
+        return op(sizes, "")(x.T.contiguous().T, weight.mT.contiguous().mT, bias, residual, row_scale)
+
+    with override(**SMALL):
+        assert_as_accurate_as_torch(call, inputs, sum(sizes), torch.float32)
+
+
+def test_refuses_types_it_cannot_compute_in():
+    x, weight, offsets_ = torch.zeros(4, 3), torch.zeros(2, 5, 3), offsets((2, 2))
+    with use_backend("triton"):
+        with raises("grouped_linear", "float64"):
+            grouped_linear(x.double(), weight.double(), None, offsets_)
+        with raises("grouped_linear", "bfloat16", "float32"):
+            grouped_linear(x.bfloat16(), weight, None, offsets_)
