@@ -16,8 +16,8 @@ from mowe_kernels import FamilyPlan, FrameClock
 
 Context = Literal["valid", "window"]
 
-# Rows that go through all layers together on the CPU: enough for full GEMM speed.
-_ROWS_IN_CACHE = 2048
+# Rows that go through all layers together on the CPU, a window of 30 s at 50 Hz: enough for full GEMM speed.
+_ROWS_IN_CACHE = 1536
 
 
 class ClipFeatures:

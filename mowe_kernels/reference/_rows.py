@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 from torch import Tensor
 
 from mowe_kernels.dtypes import accumulation_dtype
 
-# Rows handled at a time: large enough for full GEMM speed, small enough that what follows a GEMM finds it in cache.
-CHUNK = 1024
+# Rows handled at a time, a window of 30 s at 50 Hz: large enough for full GEMM speed, small enough that what follows a
+# GEMM finds it in cache.
+CHUNK = 1536
 
 
 def groups(group_offsets: Tensor) -> Iterator[tuple[int, slice]]:
@@ -32,6 +33,30 @@ def chunks(group_offsets: Tensor) -> Iterator[tuple[int, slice]]:
     for group, rows in groups(group_offsets):
         for block in blocks(rows):
             yield group, block
+
+
+def at(tensor: Tensor | None, index: int | slice) -> Tensor | None:
+    """tensor[index], where there is one."""
+    return None if tensor is None else tensor[index]
+
+
+def assemble(shape: Sequence[int], like: Tensor, pieces: Iterable[tuple[slice, Tensor]]) -> Tensor:
+    """A tensor of the given shape from (rows, their values), in order; a piece that is all of it is not copied.
+
+    Rows past the last piece are zero: they belong to nobody.
+    """
+    out, stop = None, 0
+    for rows, piece in pieces:
+        if piece.shape[0] == shape[0]:
+            return piece
+        if out is None:
+            out = like.new_empty(shape)
+        out[rows] = piece
+        stop = rows.stop
+    if out is None:
+        return like.new_zeros(shape)
+    out[stop:].zero_()
+    return out
 
 
 def clear_tail(rows: Tensor, offsets: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mowe_kernels.reference._convolution import convolve_backward, pad_frames, unpad_frames, windows
-from mowe_kernels.reference._rows import clear_tail, sums
-from mowe_kernels.reference.grouped_linear import activate_into, linear_into
+from mowe_kernels.reference._linear import activate, linear
+from mowe_kernels.reference._rows import assemble, at, clear_tail, sums
 
 # torch prepares its convolution anew for every length it meets, so lengths are rounded up to this many frames.
 _FRAMES = 64
@@ -32,18 +32,22 @@ def forward(
     activation: str,
     save_pre: bool,
 ) -> tuple[Tensor, Tensor]:
-    out = x.new_empty(num_rows, weight.shape[1])
-    pre = torch.empty_like(out) if save_pre else x.new_empty(0)
-    for e, source, rows in sequences(starts, lengths, encoder, cu_seqlens):
-        y = (pre if save_pre else out)[rows]
-        for part in _convolve_into(y, x[source], weight[e], None if bias is None else bias[e], stride, padding, groups):
-            at = slice(rows.start + part.start, rows.start + part.stop)
-            activate_into(out[at], y[part], activation)
-            if positions is not None:
-                out[at].add_(positions[e, part])
-            if residual is not None:
-                out[at].add_(residual[at])
-    clear_tail(out, cu_seqlens)
+    pre = x.new_empty((num_rows, weight.shape[1]) if save_pre else 0)
+    fused = "" if save_pre else activation
+
+    def pieces() -> Iterator[tuple[slice, Tensor]]:
+        for e, source, rows in sequences(starts, lengths, encoder, cu_seqlens):
+            filters, frames = (weight[e], at(bias, e)), rows.stop - rows.start
+            for part, y in _convolve(x[source], *filters, frames, stride, padding, groups, fused):
+                here = slice(rows.start + part.start, rows.start + part.stop)
+                if save_pre:
+                    pre[here] = y
+                    y = activate(y, activation)
+                if positions is not None:
+                    y = y.add_(positions[e, part])
+                yield here, y if residual is None else y.add_(residual[here])
+
+    out = assemble((num_rows, weight.shape[1]), x, pieces())
     return out, clear_tail(pre, cu_seqlens) if save_pre else pre
 
 
@@ -108,20 +112,26 @@ def sequences(
             yield e, slice(start, start + length), slice(first, last)
 
 
-def _convolve_into(
-    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, groups: int
-) -> Iterator[slice]:
-    """y [U, N] = the convolution; yields the frames of each part of y once it is there, still in cache."""
-    frames, taps = y.shape[0], weight.shape[1]
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    frames: int,
+    stride: int,
+    padding: int,
+    groups: int,
+    activation: str,
+) -> Iterator[tuple[slice, Tensor]]:
+    """activation(convolution), part by part: (frames of the output, their values)."""
+    taps = weight.shape[1]
     if groups == 1:
         for part, unfolded in windows(pad_frames(x, padding, frames, taps, stride), frames, taps, stride):
-            linear_into(y[part], unfolded, weight.flatten(1), bias)
-            yield part
+            yield part, linear(unfolded, weight.flatten(1), bias, activation)
     else:  # windows are no runs of memory: left to torch
         image = _image(pad_frames(x, padding, _round_up(frames), taps, stride))
         result = torch.nn.functional.conv2d(image, _filters(weight), bias, (1, stride), groups=groups)
-        y.copy_(_frames(result)[:frames])
-        yield slice(0, frames)
+        y = _frames(result)[:frames]
+        yield slice(0, frames), activate(y, activation)
 
 
 def _convolve_groups_backward(

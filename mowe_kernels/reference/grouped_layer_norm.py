@@ -6,16 +6,15 @@ import torch
 from torch import Tensor
 
 from mowe_kernels.dtypes import accumulation_dtype
-from mowe_kernels.reference._rows import chunks, clear_tail, sums
-from mowe_kernels.reference.grouped_linear import activate_into
+from mowe_kernels.reference._linear import activate
+from mowe_kernels.reference._rows import assemble, chunks, clear_tail, sums
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, group_offsets: Tensor, eps: float, activation: str) -> Tensor:
-    out = x.new_empty(x.shape)
-    for e, rows in chunks(group_offsets):
-        normed = torch.nn.functional.layer_norm(x[rows], x.shape[1:], weight[e], bias[e], eps)
-        activate_into(out[rows], normed, activation)
-    return clear_tail(out, group_offsets)
+    def norm(e: int, rows: slice) -> Tensor:
+        return activate(torch.nn.functional.layer_norm(x[rows], x.shape[1:], weight[e], bias[e], eps), activation)
+
+    return assemble(x.shape, x, ((rows, norm(e, rows)) for e, rows in chunks(group_offsets)))
 
 
 def backward(

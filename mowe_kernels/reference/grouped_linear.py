@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mowe_kernels.reference._rows import add_product, chunks, clear_tail, sums
+from mowe_kernels.reference._linear import activate, linear, scale_and_add
+from mowe_kernels.reference._rows import add_product, assemble, at, chunks, clear_tail, sums
 
 
 def forward(
@@ -18,18 +19,17 @@ def forward(
     activation: str,
     save_pre: bool,
 ) -> tuple[Tensor, Tensor]:
-    out = x.new_empty(x.shape[0], weight.shape[1])
-    pre = torch.empty_like(out) if save_pre else x.new_empty(0)
-    for e, rows in chunks(group_offsets):
-        y = (pre if save_pre else out)[rows]
-        linear_into(y, x[rows], weight[e], None if bias is None else bias[e])
-        activate_into(out[rows], y, activation)
-        if row_scale is not None:
-            out[rows].mul_(row_scale[rows, None])
-        if residual is not None:
-            out[rows].add_(residual[rows])
-    clear_tail(out, group_offsets)
-    return out, clear_tail(pre, group_offsets) if save_pre else pre
+    def layer(activation: str, row_scale: Tensor | None, residual: Tensor | None) -> Tensor:
+        pieces = (
+            (rows, linear(x[rows], weight[e], at(bias, e), activation, at(row_scale, rows), at(residual, rows)))
+            for e, rows in chunks(group_offsets)
+        )
+        return assemble((x.shape[0], weight.shape[1]), x, pieces)
+
+    if not save_pre:
+        return layer(activation, row_scale, residual), x.new_empty(0)
+    pre = layer("", None, None)
+    return clear_tail(scale_and_add(activate(pre, activation), row_scale, residual), group_offsets), pre
 
 
 def backward(
@@ -52,9 +52,7 @@ def backward(
     for e, rows in chunks(group_offsets):
         g = grad[rows]
         if need_scale:
-            value = torch.empty_like(pre[rows])
-            activate_into(value, pre[rows], activation)
-            grad_scale[rows] = (g * value).sum(-1)
+            grad_scale[rows] = (g * activate(pre[rows], activation)).sum(-1)
         if row_scale is not None:
             g = (g * row_scale[rows, None]).to(g.dtype)
         if activation == "gelu":
@@ -77,11 +75,3 @@ def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
         torch.mm(x, weight.T, out=out)
     else:
         torch.addmm(bias, x, weight.T, out=out)
-
-
-def activate_into(out: Tensor, x: Tensor, activation: str) -> None:
-    """out = activation(x); out may be x itself."""
-    if activation == "gelu":
-        torch.ops.aten.gelu.out(x, out=out)
-    elif out.data_ptr() != x.data_ptr():
-        out.copy_(x)

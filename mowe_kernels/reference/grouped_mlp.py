@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mowe_kernels.reference._rows import add_product, chunks, clear_tail, sums
+from mowe_kernels.reference._linear import linear
+from mowe_kernels.reference._rows import add_product, assemble, chunks, clear_tail, sums
 from mowe_kernels.reference.grouped_layer_norm import WideNorm
 
 
@@ -20,15 +21,14 @@ def forward(
     group_offsets: Tensor,
     eps: float,
 ) -> Tensor:
-    out = x.new_empty(x.shape)
-    for e, rows in chunks(group_offsets):
+    def block(e: int, rows: slice) -> Tensor:
         h = x[rows]
         if norm_weight is not None:
             h = torch.nn.functional.layer_norm(h, h.shape[1:], norm_weight[e], norm_bias[e], eps)
-        h = torch.addmm(fc1_bias[e], h, fc1_weight[e].T)
-        torch.ops.aten.gelu_(h)
-        torch.addmm(fc2_bias[e], h, fc2_weight[e].T, out=out[rows]).add_(x[rows])
-    return clear_tail(out, group_offsets)
+        h = linear(h, fc1_weight[e], fc1_bias[e], "gelu")
+        return linear(h, fc2_weight[e], fc2_bias[e], residual=x[rows])
+
+    return assemble(x.shape, x, ((rows, block(e, rows)) for e, rows in chunks(group_offsets)))
 
 
 def backward(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mowe_kernels.reference._convolution import convolve_backward, convolve_into
+from mowe_kernels.reference._linear import activate
 from mowe_kernels.reference._rows import clear_tail, sums
-from mowe_kernels.reference.grouped_linear import activate_into
 
 
 @dataclass(frozen=True)
@@ -58,20 +58,18 @@ def forward(
     activation: str,
     save_pre: bool,
 ) -> tuple[Tensor, Tensor]:
-    out = base.new_empty(num_rows, base_weight.shape[0])
-    pre = torch.empty_like(out) if save_pre else base.new_empty(0)
+    pre = base.new_empty(num_rows, base_weight.shape[0])
     scales = weights.tolist()
     for b, source, target, segments in _clips(base_starts, base_lengths, row_offsets, position, alignment, cu_seqlens):
-        y = (pre if save_pre else out)[target]
+        y = pre[target]
         y.zero_() if bias is None else y.copy_(bias.expand_as(y))
         convolve_into(y, base[source], base_weight, stride, padding)
         for segment in segments:
             features = segment.read(rows[segment.family], source.stop - source.start)
             matrix = row_weights[segment.family][segment.slot]
             convolve_into(y, features, matrix, stride, padding, scales[b][segment.slot])
-        activate_into(out[target], y, activation)
-    clear_tail(out, cu_seqlens)
-    return out, clear_tail(pre, cu_seqlens) if save_pre else pre
+    clear_tail(pre, cu_seqlens)
+    return activate(pre, activation), pre if save_pre else pre.new_empty(0)
 
 
 def backward(

@@ -8,22 +8,24 @@ import torch
 from torch import Tensor
 
 from mowe_kernels.dtypes import accumulation_dtype
-from mowe_kernels.reference._rows import blocks, clear_tail, groups, sums
-from mowe_kernels.reference.grouped_linear import activate_into
+from mowe_kernels.reference._linear import activate
+from mowe_kernels.reference._rows import assemble, blocks, clear_tail, groups, sums
 
 
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor, encoder: Tensor, cu_seqlens: Tensor, eps: float, activation: str
 ) -> Tensor:
-    out = x.new_empty(x.shape)
     encoders = encoder.tolist()
-    for p, seq in groups(cu_seqlens):
-        mean, rstd = _statistics(x, seq, eps)
-        scale = weight[encoders[p]] * rstd
-        shift = bias[encoders[p]] - mean * scale
-        for rows in blocks(seq):
-            activate_into(out[rows], torch.addcmul(shift, x[rows], scale).to(x.dtype), activation)
-    return clear_tail(out, cu_seqlens)
+
+    def pieces() -> Iterator[tuple[slice, Tensor]]:
+        for p, seq in groups(cu_seqlens):
+            mean, rstd = _statistics(x, seq, eps)
+            scale = weight[encoders[p]] * rstd
+            shift = bias[encoders[p]] - mean * scale
+            for rows in blocks(seq):
+                yield rows, activate(torch.addcmul(shift, x[rows], scale).to(x.dtype), activation)
+
+    return assemble(x.shape, x, pieces())
 
 
 def backward(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mowe_kernels.dtypes import accumulation_dtype
-from mowe_kernels.reference._rows import clear_tail, groups
+from mowe_kernels.reference._rows import assemble, clear_tail, groups
 
 # Elements of a block of scores [heads, T, T] held at a time where the scores are materialised.
 _SCORES = 1 << 22
@@ -16,9 +16,12 @@ _SCORES = 1 << 22
 
 def forward(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, save_lse: bool) -> tuple[Tensor, Tensor]:
     rows, _, heads, head_dim = qkv.shape
+    if not save_lse:
+        attended = ((seq, _attend(qkv[seq], scale)) for _, seq in groups(cu_seqlens))
+        return assemble((rows, heads, head_dim), qkv, attended), qkv.new_empty(0)
     out = qkv.new_empty(rows, heads, head_dim)
-    lse = qkv.new_zeros(heads, rows, dtype=accumulation_dtype(qkv.dtype)) if save_lse else qkv.new_empty(0)
-    if save_lse and not _fused(qkv):
+    lse = qkv.new_zeros(heads, rows, dtype=accumulation_dtype(qkv.dtype))
+    if not _fused(qkv):
         for seq, block in _blocks(cu_seqlens, heads):
             q, k, v = _heads(qkv[seq, :, block])
             scores = _scores(q, k, scale)
@@ -28,12 +31,9 @@ def forward(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, save
         return clear_tail(out, cu_seqlens), lse
     for _, seq in groups(cu_seqlens):
         q, k, v = _heads(qkv[seq])
-        if save_lse:
-            attended, lse[:, seq] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q[None], k[None], v[None], scale=scale
-            )
-        else:
-            attended = torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], scale=scale)
+        attended, lse[:, seq] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q[None], k[None], v[None], scale=scale
+        )
         out[seq] = attended[0].transpose(0, 1)
     return clear_tail(out, cu_seqlens), lse
 
@@ -61,6 +61,13 @@ def backward(
         for i, part in enumerate((grad_scores @ k, grad_scores.mT @ q, probabilities.to(g.dtype).mT @ g)):
             grad_qkv[seq, i, block] = part.transpose(0, 1)
     return clear_tail(grad_qkv, cu_seqlens)
+
+
+def _attend(qkv: Tensor, scale: float) -> Tensor:
+    """[T, 3, H, Dh] -> [T, H, Dh]."""
+    q, k, v = _heads(qkv)
+    attended = torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], scale=scale)
+    return attended[0].transpose(0, 1)
 
 
 def _fused(qkv: Tensor) -> bool:
