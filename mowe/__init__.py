@@ -10,9 +10,17 @@ from typing import Any
 
 _NAMES = {
     "AudioError": "errors",
+    "AudioLayout": "attach",
     "CheckpointError": "errors",
     "ConfigError": "errors",
     "EncoderPool": "pool",
+    "Meralion2Config": "meralion",
+    "Meralion3AsrConfig": "meralion",
+    "Meralion3Config": "meralion",
+    "MeralionConfig": "meralion",
+    "MeralionFeatureExtractor": "meralion",
+    "MeralionForConditionalGeneration": "meralion",
+    "MeralionProcessor": "meralion",
     "MixtureOfWeakEncoders": "mixture",
     "MixtureOutput": "mixture",
     "MoweConfig": "configuration_mowe",
@@ -22,7 +30,14 @@ _NAMES = {
     "MowePoolConfig": "configuration_mowe",
     "MoweProcessor": "processing_mowe",
     "PoolOutput": "pool",
+    "attach": "attach",
+    "attach_from": "attach",
+    "detach": "attach",
+    "load_attached": "attach",
     "load_audio": "audio",
+    "save_adapter": "attach",
+    "skip_modules": "attach",
+    "wrap_processor": "attach",
 }
 
 _KNOWN_TO_AUTO_CLASSES = ("configuration_mowe", "modeling_mowe", "processing_mowe")
@@ -36,7 +51,8 @@ def __getattr__(name: str) -> Any:
     module = _NAMES[name]
     for other in _KNOWN_TO_AUTO_CLASSES if module in _KNOWN_TO_AUTO_CLASSES else ():
         import_module(f"mowe.{other}")
-    return getattr(import_module(f"mowe.{module}"), name)
+    found = getattr(import_module(f"mowe.{module}"), name)
+    return globals().get(name, found)  # `attach` is also the package that was just imported, and can be called itself
 
 
 def __dir__() -> list[str]:

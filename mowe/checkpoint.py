@@ -78,9 +78,8 @@ def read_model(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """A model and what transformers says of its loading; raises CheckpointError where that fails."""
     with reading("the parameters"), _without_load_report():
-        return from_pretrained(
-            source, *args, **kwargs, output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True
-        )
+        strict = {"output_loading_info": True, "use_safetensors": True, "ignore_mismatched_sizes": True}
+        return from_pretrained(source, *args, **{**kwargs, **strict})
 
 
 def check_keys(

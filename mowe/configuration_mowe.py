@@ -15,7 +15,7 @@ ROUTER_LOSSES = ("independent_entropy", "dependent_entropy", "diversity", "load_
 PAPER_ROUTER_LOSSES = {"independent_entropy": 0.1, "dependent_entropy": 0.1, "diversity": 0.1}
 
 
-def _checked(cls: type) -> type:
+def checked(cls: type) -> type:
     """transformers' type checks of the fields, raising ConfigError."""
     cls = strict(cls)
     init = cls.__init__
@@ -35,7 +35,7 @@ def _last_line(error: Exception) -> str:
     return str(error).strip().splitlines()[-1].strip().removeprefix("TypeError: ")
 
 
-def _reject_unknown(config: PreTrainedConfig, given: dict[str, Any]) -> None:
+def reject_unknown(config: PreTrainedConfig, given: dict[str, Any]) -> None:
     """Raise ConfigError for keys that neither this configuration nor transformers knows.
 
     Those of a generation configuration are known: the Trainer writes some of them into a model's configuration.
@@ -75,7 +75,7 @@ def _as_entry(entry: dict[str, Any], name: str) -> dict[str, Any]:
     return {"config": config, "do_normalize": do_normalize}
 
 
-@_checked
+@checked
 class MowePoolConfig(PreTrainedConfig):
     """A pool of weak encoders.
 
@@ -91,7 +91,7 @@ class MowePoolConfig(PreTrainedConfig):
     context: Literal["window", "valid"] = "window"
 
     def __post_init__(self, **kwargs):
-        _reject_unknown(self, kwargs)
+        reject_unknown(self, kwargs)
         super().__post_init__(**kwargs)
         self.encoders = [_as_entry(entry, f"encoder {i}") for i, entry in enumerate(self.encoders or [])]
 
@@ -100,7 +100,27 @@ class MowePoolConfig(PreTrainedConfig):
         return [as_config(e["config"], f"encoder {i}") for i, e in enumerate(self.encoders)]
 
 
-@_checked
+def check_routers(config: PreTrainedConfig) -> None:
+    """Fill in the default router losses of a configuration with routers, and raise ConfigError for what cannot be."""
+    if config.router_losses is None:
+        config.router_losses = dict(PAPER_ROUTER_LOSSES)
+    unknown = sorted(set(config.router_losses) - set(ROUTER_LOSSES))
+    if unknown:
+        raise ConfigError(f"router_losses: unknown terms {unknown}; known: {', '.join(ROUTER_LOSSES)}")
+    if not config.router_temperature > 0:
+        raise ConfigError(f"router_temperature must be positive, got {config.router_temperature}")
+    if not config.router_noise >= 0:
+        raise ConfigError(f"router_noise must not be negative, got {config.router_noise}")
+    encoders = len(config.pool_config.encoders)
+    for name in ("num_independent_slots", "num_dependent_slots"):
+        slots = getattr(config, name)
+        if slots < 0 or (encoders and slots > encoders):
+            raise ConfigError(f"{name} is {slots} but the pool has {encoders} encoders")
+    if config.num_independent_slots + config.num_dependent_slots == 0:
+        raise ConfigError("num_independent_slots and num_dependent_slots are both 0: no encoder would be chosen")
+
+
+@checked
 class MoweConfig(PreTrainedConfig):
     """An AudioLLM with a mixture of weak encoders beside its base encoder.
 
@@ -144,15 +164,13 @@ class MoweConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
-        _reject_unknown(self, kwargs)
+        reject_unknown(self, kwargs)
         self.audio_config = as_config(self.audio_config or {"model_type": "whisper"}, "audio_config")
         self.text_config = as_config(self.text_config or {"model_type": "llama"}, "text_config")
         if not isinstance(self.pool_config or {}, dict | MowePoolConfig):
             raise ConfigError(f"pool_config: expected a MowePoolConfig or its dictionary, got {self.pool_config!r}")
         if not isinstance(self.pool_config, MowePoolConfig):
             self.pool_config = MowePoolConfig(**(self.pool_config or {}))
-        if self.router_losses is None:
-            self.router_losses = dict(PAPER_ROUTER_LOSSES)
         if self.projector_hidden_size is None:
             self.projector_hidden_size = self.text_config.hidden_size
         self._check()
@@ -165,25 +183,12 @@ class MoweConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def _check(self) -> None:
-        unknown = sorted(set(self.router_losses) - set(ROUTER_LOSSES))
-        if unknown:
-            raise ConfigError(f"router_losses: unknown terms {unknown}; known: {', '.join(ROUTER_LOSSES)}")
-        if not self.router_temperature > 0:
-            raise ConfigError(f"router_temperature must be positive, got {self.router_temperature}")
-        if not self.router_noise >= 0:
-            raise ConfigError(f"router_noise must not be negative, got {self.router_noise}")
+        check_routers(self)
         if self.projector_hidden_size < 1:
             raise ConfigError(f"projector_hidden_size must be positive, got {self.projector_hidden_size}")
         stride = self.projector_stride
         if stride < 1 or (self.projector_type == "conv" and (stride < 2 or stride & (stride - 1))):
             raise ConfigError(f"projector_stride of a {self.projector_type!r} projector cannot be {stride}")
-        encoders = len(self.pool_config.encoders)
-        for name in ("num_independent_slots", "num_dependent_slots"):
-            slots = getattr(self, name)
-            if slots < 0 or (encoders and slots > encoders):
-                raise ConfigError(f"{name} is {slots} but the pool has {encoders} encoders")
-        if self.num_independent_slots + self.num_dependent_slots == 0:
-            raise ConfigError("num_independent_slots and num_dependent_slots are both 0: no encoder would be chosen")
 
 
 AutoConfig.register(MowePoolConfig.model_type, MowePoolConfig)

@@ -121,7 +121,7 @@ class MoweModel(MowePreTrainedModel):
         their features that are cast. Reads the lengths back from the device once.
         Raises AudioError for shapes that do not fit and for windows the encoders cannot take.
         """
-        features = ClipFeatures(_unpad(input_features, input_features_mask), self.config.context)
+        features = ClipFeatures(unpad(input_features, input_features_mask, "input_features"), self.config.context)
         base = self.encode_base(features)
         pool_context = self.config.pool_config.context
         weak = features if pool_context == features.context else ClipFeatures(features.audio, pool_context)
@@ -331,7 +331,7 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
             vocab_size = self.config.text_config.vocab_size
             loss = self.loss_function(outputs.logits, labels, vocab_size=vocab_size, num_items_in_batch=num_items)
             if aux_loss is not None:
-                loss = loss + aux_loss.to(loss.device) * _share(labels, num_items)
+                loss = loss + aux_loss.to(loss.device) * loss_share(labels, num_items)
         return MoweCausalLMOutputWithPast(
             loss=loss,
             logits=outputs.logits,
@@ -352,7 +352,7 @@ def _load_language_model(source: str) -> PreTrainedModel:
     return model
 
 
-def _share(labels: Tensor, num_items: Tensor | int | None) -> Tensor | float:
+def loss_share(labels: Tensor, num_items: Tensor | int | None) -> Tensor | float:
     """Weight of this batch's auxiliary loss under gradient accumulation: its share of the predicted tokens.
 
     The next-token loss is a sum over tokens divided by num_items_in_batch, the tokens of all accumulated batches;
@@ -362,14 +362,15 @@ def _share(labels: Tensor, num_items: Tensor | int | None) -> Tensor | float:
     return 1.0 if num_items is None else (labels[:, 1:] != -100).sum() / num_items
 
 
-def _unpad(input_features: Tensor, mask: Tensor | None) -> AudioBatch:
-    """[N, S] waveforms and their mask -> packed clips."""
-    if input_features.dim() != 2 or (mask is not None and mask.shape != input_features.shape):
+def unpad(waveforms: Tensor, mask: Tensor | None, name: str) -> AudioBatch:
+    """[N, S] waveforms called `name` and their mask -> packed clips. Reads the lengths back from the device once.
+
+    Raises AudioError for shapes that do not fit, gaps in the mask, and windows under 25 ms.
+    """
+    if waveforms.dim() != 2 or (mask is not None and mask.shape != waveforms.shape):
         shape = None if mask is None else list(mask.shape)
-        raise AudioError(
-            f"input_features and their mask must be [windows, samples], got {list(input_features.shape)} and {shape}"
-        )
-    count, samples = input_features.shape
+        raise AudioError(f"{name} and their mask must be [windows, samples], got {list(waveforms.shape)} and {shape}")
+    count, samples = waveforms.shape
     lengths, ends = [samples] * count, [samples] * count
     if mask is not None:
         real = mask.bool()
@@ -379,8 +380,8 @@ def _unpad(input_features: Tensor, mask: Tensor | None) -> AudioBatch:
     if shortest < MIN_SAMPLES:
         raise AudioError(f"every window of audio needs {MIN_SAMPLES} samples (25 ms) or more, got {shortest}")
     if lengths != ends:
-        raise AudioError("input_features_mask must be true from the first to the last sample of each window")
-    return AudioBatch.from_waveforms([wave[:length] for wave, length in zip(input_features, lengths, strict=True)])
+        raise AudioError(f"{name}_mask must be true from the first to the last sample of each window")
+    return AudioBatch.from_waveforms([wave[:length] for wave, length in zip(waveforms, lengths, strict=True)])
 
 
 AutoModelForMultimodalLM.register(MoweConfig, MoweForConditionalGeneration)
