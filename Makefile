@@ -11,7 +11,7 @@ PIP = .venv/bin/python -m pip --disable-pip-version-check --no-input
 succeeds = $(shell $(1) >/dev/null 2>&1 && echo yes)
 need = $(if $(call succeeds,$(1)),,$(error $(2)))
 
-.PHONY: demo test lint clips clean
+.PHONY: demo test lint bench clips clean
 
 demo: .venv/.installed
 	.venv/bin/mowe demo
@@ -22,6 +22,9 @@ test: .venv/.installed-test
 lint: .venv/.installed-test
 	.venv/bin/ruff check .
 	.venv/bin/mypy
+
+bench: .venv/.installed-test
+	.venv/bin/python -m pytest benchmarks --benchmark-only
 
 clips:
 	$(PYTHON) scripts/make_clips.py

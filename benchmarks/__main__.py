@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: measure, and put what was measured into the README."""
+"""`python -m benchmarks`: measure, compare two results files, and make pages and pictures of what was measured."""
 
 from __future__ import annotations
 
@@ -6,56 +6,99 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import track
+from rich.table import Table
 
-from benchmarks.measure import ROOT, OutputsDifferError
+from benchmarks.compare import changes
+from benchmarks.floors import Roofs
+from benchmarks.measure import ROOT
+from benchmarks.page import page as make_page
+from benchmarks.page import readme
+from benchmarks.pictures import draw
 from benchmarks.results import load, save
-from benchmarks.suites import CPU, compare
-from benchmarks.tables import fill, markdown, rich_tables
+from benchmarks.shares import shares
+from benchmarks.suites import SUITES, compare_ops, missing, select
+from benchmarks.suites import compare as compare_providers
+from benchmarks.tables import fill, rich_tables
+from benchmarks.workloads import Workload
 
-RESULTS = ROOT / "benchmarks" / "results" / "cpu" / "mixture.json"
+RESULTS = ROOT / "benchmarks" / "results" / "cpu"
+PAGE, README, PICTURES = (ROOT / "docs" / "benchmarks.md", ROOT / "README.md", ROOT / "docs" / "benchmarks")
+TYPICAL = "tiny8/speech/8"
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
+FileArgument = Annotated[Path, typer.Argument(dir_okay=False, help="Results file, JSON.")]
 
 
 @app.command()
-def cpu(
-    rounds: Annotated[int, typer.Option(min=2, help="How often each provider runs.")] = 9,
+def run(
+    suite: Annotated[str, typer.Option(help=f"One of {', '.join(SUITES)}.")] = "cpu",
+    rounds: Annotated[int, typer.Option(min=2, help="How often each provider runs.")] = 3,
     threads: Annotated[int, typer.Option(min=1)] = 2,
     workload: Annotated[list[str] | None, typer.Option(help="Only this one; may be given several times.")] = None,
-    output: Annotated[Path, typer.Option(dir_okay=False, help="Results file, JSON.")] = RESULTS,
+    provider: Annotated[
+        list[str] | None, typer.Option(help="Only this one and the baselines; may be given several times.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(dir_okay=False, help="Results file, JSON.")] = None,
 ) -> None:
-    """Packed against transformers on this machine's CPU."""
-    names = [comparison.workload.name for comparison in CPU]
-    if unknown := sorted(set(workload or ()) - set(names)):
-        _stop(f"unknown workload {', '.join(unknown)}; expected one of {', '.join(names)}")
-    results = []
+    """Measure a suite on this machine."""
+    whole = not (workload or provider)
     try:
-        for comparison in CPU:
-            name = comparison.workload.name
-            if workload and name not in workload:
-                continue
-            results += compare(
-                comparison, rounds, threads, track=lambda it, name=name: track(it, name, console=console)
+        comparisons = select(suite, workload or (), provider or ())
+        torch.set_num_threads(threads)
+        device, dtype = comparisons[0].device, comparisons[0].dtype
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"suite {suite} needs a CUDA GPU; there is none here")
+        roofs = Roofs.measure(device, dtype)
+        results = []
+        for comparison in comparisons:
+            title = f"{comparison.workload} {comparison.mode}"
+            results += compare_providers(
+                comparison, rounds, threads, roofs, lambda it, title=title: track(it, title, console=console)
             )
-    except OutputsDifferError as error:
+        more = {"roofs": {"flops": roofs.flops, "bandwidth": roofs.bandwidth}, "missing": missing(comparisons)}
+        if whole and suite != "sweeps":
+            results += compare_ops(Workload.named(comparisons[0].workload, device, dtype), 10 * rounds, threads, roofs)
+        if whole and suite == "cpu":
+            more["shares"] = {"workload": TYPICAL, "of": shares(Workload.named(TYPICAL))}
+    except ValueError as error:
         _stop(str(error))
     command = " ".join(["python -m benchmarks", *sys.argv[1:]])
-    save(output, command, threads, results)
+    output = output or RESULTS.with_name("gpu" if device == "cuda" else "cpu") / f"{suite}.json"
+    save(output, command, threads, results, device == "cuda", **more)
     console.print(*rich_tables(load(output)), f"written to {output}", sep="\n")
 
 
 @app.command()
-def readme(
-    results: Annotated[Path, typer.Option(dir_okay=False, help="Results file, JSON.")] = RESULTS,
-    page: Annotated[Path, typer.Option(dir_okay=False, help="Page with the two markers.")] = ROOT / "README.md",
-) -> None:
-    """Fill the performance section of the README from a results file."""
+def compare(old: FileArgument, new: FileArgument) -> None:
+    """What became slower from one results file to another, beyond the noise of both; exit code 1 where anything did."""
     try:
-        fill(page, markdown(load(results)))
+        found = list(changes(load(old), load(new)))
+    except ValueError as error:
+        _stop(str(error))
+    table = Table("workload or op", "provider", "speed-up before", "now", "")
+    for change in found:
+        before, now = (f"{s['median']:.2f} ({s['p20']:.2f} to {s['p80']:.2f})" for s in (change.old, change.new))
+        table.add_row(change.subject, change.provider, before, now, change.verdict)
+    console.print(table)
+    raise typer.Exit(any(change.verdict == "slower" for change in found))
+
+
+@app.command()
+def page(
+    results: Annotated[Path, typer.Option(file_okay=False, help="Folder with cpu.json and sweeps.json.")] = RESULTS,
+) -> None:
+    """Make docs/benchmarks.md, its pictures and the README's performance section from the committed results."""
+    try:
+        cpu, sweeps = load(results / "cpu.json"), load(results / "sweeps.json")
+        for path in draw(cpu, sweeps, PICTURES):
+            console.print(f"drawn: {path.relative_to(ROOT)}")
+        PAGE.write_text(make_page(cpu, sweeps, PICTURES.name))
+        fill(README, readme(cpu, PICTURES.relative_to(ROOT).as_posix()))
     except (OSError, ValueError) as error:
         _stop(str(error))
 

@@ -7,18 +7,20 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks.providers import PROVIDERS, Outputs, Run, packed
-from benchmarks.workloads import WORKLOADS, Workload
+from benchmarks.clock import now
+from benchmarks.providers import Outputs, Run
+from benchmarks.whole import ALL
+from benchmarks.workloads import Workload
 
 ROOT = Path(__file__).parents[1]
-# Largest relative error (Frobenius norm) between packed and transformers features, as promised for float32.
-TOLERANCE = 1e-4
+# Largest relative error (Frobenius norm) between this library's features and others': in float32 as promised, in 16
+# bits what a few layers of rounding come to.
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 
 class OutputsDifferError(ValueError):
@@ -28,20 +30,31 @@ class OutputsDifferError(ValueError):
 def prepare(workload: Workload, providers: Sequence[str]) -> dict[str, Run]:
     """The timed functions, each having run once.
 
-    Raises OutputsDifferError where one differs from the packed pool in the same context.
+    Raises OutputsDifferError where one differs from the library's own in the same context.
     """
-    runs = {name: PROVIDERS[name].prepare(workload) for name in providers}
-    expected: dict[str, Outputs] = {}
-    for name, run in runs.items():
-        context = PROVIDERS[name].context or workload.context
-        if context not in expected:
-            expected[context] = packed(workload, context)()
-        if (error := relative_error(run(), expected[context])) > TOLERANCE:
-            raise OutputsDifferError(
-                f"{workload.name}: {name} differs from the packed pool in the {context!r} context by {error:.1e} "
-                f"relative, {TOLERANCE:.0e} is allowed"
-            )
+    runs = {name: ALL[name].prepare(workload) for name in providers}
+    outputs = {name: run() for name, run in runs.items()}
+    # The library in its own context is not only compared with: it is what the others must equal there.
+    expected = {(name, workload.context): outputs[name] for name in outputs if ALL[name].same_as == name}
+    for name in providers:
+        same_as, context = ALL[name].same_as, ALL[name].context or workload.context
+        if same_as is None:
+            continue
+        if (same_as, context) not in expected:
+            expected[same_as, context] = ALL[same_as].prepare(workload, context)()
+        outputs_agree(
+            f"{workload.name}: {name}", outputs[name], expected[same_as, context], TOLERANCES[workload.torch_dtype]
+        )
     return runs
+
+
+def outputs_agree(name: str, outputs: Outputs, expected: Outputs, tolerance: float = TOLERANCES[torch.float32]) -> None:
+    """Raise OutputsDifferError unless they do, to a relative error."""
+    if not (error := relative_error(outputs, expected)) <= tolerance:
+        raise OutputsDifferError(
+            f"{name} differs from this library's outputs in the same context by {error:.1e} relative, "
+            f"{tolerance:.0e} is allowed"
+        )
 
 
 def relative_error(outputs: Outputs, expected: Outputs) -> float:
@@ -49,7 +62,7 @@ def relative_error(outputs: Outputs, expected: Outputs) -> float:
     pairs = [(a, b) for ours, theirs in zip(outputs, expected, strict=True) for a, b in zip(ours, theirs, strict=True)]
     if any(a.shape != b.shape for a, b in pairs):
         return float("inf")
-    return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
+    return max(((a.double() - b).norm() / b.double().norm()).item() for a, b in pairs)
 
 
 def take_turns(
@@ -61,9 +74,9 @@ def take_turns(
     for round_ in track(range(rounds)):
         first = round_ % len(names)
         for name in names[first:] + names[:first]:
-            start = time.perf_counter()
+            start = now()
             runs[name]()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(now() - start)
     return seconds
 
 
@@ -73,13 +86,14 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "p20": fifths[0], "p80": fifths[-1]}
 
 
-def peak_memory(workload: str, provider: str, threads: int) -> dict[str, int] | None:
-    """Bytes resident in a fresh process before the timed function first runs, and at most while it does; None where
-    the system does not tell (Linux alone does).
+def peak_memory(workload: Workload, provider: str, threads: int) -> dict[str, int] | None:
+    """Bytes resident in a fresh process (or held on its GPU) before the timed function first runs, and at most while it
+    does; None where the system does not tell (Linux alone does).
     """
     if not Path("/proc/self/clear_refs").exists():
         return None
-    command = [sys.executable, "-m", "benchmarks.measure", workload, provider, str(threads)]
+    where = [workload.name, workload.device, workload.dtype]
+    command = [sys.executable, "-m", "benchmarks.measure", *where, provider, str(threads)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
@@ -92,7 +106,12 @@ def _resident(field: str) -> int:
 
 @torch.no_grad()
 def _own_peak(workload: Workload, provider: str) -> dict[str, int]:
-    run = PROVIDERS[provider].prepare(workload)
+    run = ALL[provider].prepare(workload)
+    if workload.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return {"before": before, "peak": torch.cuda.max_memory_allocated()}
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far, which making the encoders raised, is forgotten
     before = _resident("VmRSS")
     run()
@@ -100,5 +119,6 @@ def _own_peak(workload: Workload, provider: str) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(int(sys.argv[3]))
-    print(json.dumps(_own_peak(WORKLOADS[sys.argv[1]], sys.argv[2])))
+    *where, name, number = sys.argv[1:]
+    torch.set_num_threads(int(number))
+    print(json.dumps(_own_peak(Workload.named(*where), name)))

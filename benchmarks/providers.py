@@ -1,22 +1,26 @@
 """Ways to compute a workload. Each takes what exists before the clock starts and returns what is timed.
 
-A timed function gives [clip][slot] -> [T, D]. All of them run under `torch.no_grad`, transformers with its own choice
-of attention (SDPA).
+A timed function gives [clip][slot] -> [T, D]: the encoders' features, or, in a training step, the gradient that the
+clips' features together leave on each chosen encoder. transformers runs with its own choice of attention (SDPA).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state
 from transformers import WhisperFeatureExtractor
 
 from benchmarks.workloads import Workload
 from mowe import EncoderPool
 from mowe.audio import SAMPLING_RATE
 from mowe.families import Context
+from mowe_kernels import use_backend
 
 Outputs = list[list[Tensor]]
 Run = Callable[[], Outputs]
@@ -24,15 +28,21 @@ Run = Callable[[], Outputs]
 
 @dataclass(frozen=True)
 class Provider:
-    """prepare: builds the timed function. context: what its Whisper outputs equal; None for the workload's own."""
+    """prepare: builds the timed function. context: what its Whisper outputs equal; None for the workload's own.
 
-    prepare: Callable[[Workload], Run]
+    same_as: the library's provider whose outputs it must equal; None for one that computes only a part of them.
+    missing: why it cannot run on this machine, None where it can.
+    """
+
+    prepare: Callable[..., Run]
     context: Context | None
     meaning: str
+    same_as: str | None = "packed"
+    missing: Callable[[], str | None] = lambda: None
 
 
 def packed(workload: Workload, context: Context | None = None) -> Run:
-    pool, waveforms = EncoderPool.from_encoders(workload.encoders()), workload.waveforms()
+    pool, waveforms = (EncoderPool.from_encoders(workload.encoders()), workload.waveforms())
 
     def run() -> Outputs:
         out = pool.encode(waveforms, workload.indices, context or workload.context)
@@ -43,37 +53,12 @@ def packed(workload: Workload, context: Context | None = None) -> Run:
 
 def per_clip(workload: Workload) -> Run:
     encoders, waveforms = workload.encoders(), workload.waveforms()
-    inputs = _extractor(encoders[0])
+    inputs = _extractors(encoders)
 
     def run() -> Outputs:
         return [
-            [_encode(encoders[e], inputs(wave)) for e in chosen]
+            [_encode(encoders[e], inputs[e](wave)) for e in chosen]
             for wave, chosen in zip(waveforms, workload.indices, strict=True)
-        ]
-
-    return run
-
-
-def per_clip_shared(workload: Workload) -> Run:
-    encoders, waveforms = workload.encoders(), workload.waveforms()
-    inputs = _extractor(encoders[0])
-
-    def run() -> Outputs:
-        return [
-            [_encode(encoders[e], given) for e in chosen]
-            for given, chosen in zip(map(inputs, waveforms), workload.indices, strict=True)
-        ]
-
-    return run
-
-
-def per_clip_given(workload: Workload) -> Run:
-    encoders = workload.encoders()
-    given = list(map(_extractor(encoders[0]), workload.waveforms()))
-
-    def run() -> Outputs:
-        return [
-            [_encode(encoders[e], clip) for e in chosen] for clip, chosen in zip(given, workload.indices, strict=True)
         ]
 
     return run
@@ -81,52 +66,151 @@ def per_clip_given(workload: Workload) -> Run:
 
 def padded_loop(workload: Workload) -> Run:
     encoders = workload.encoders()
-    given = list(map(_extractor(encoders[0]), workload.waveforms()))
+    return _loop(workload, encoders, [lambda x, e=e: e(x).last_hidden_state for e in encoders])
+
+
+def padded_loop_compiled(workload: Workload) -> Run:
+    """One compiled graph for encoders of one architecture; the number of clips may change."""
+    encoders = workload.encoders()
+    skeleton = deepcopy(encoders[0]).to("meta")
+    compiled = torch.compile(
+        lambda parameters, x: functional_call(skeleton, parameters, (x,)).last_hidden_state, dynamic=True
+    )
+    states = [dict(encoder.named_parameters()) | dict(encoder.named_buffers()) for encoder in encoders]
+    return _loop(workload, encoders, [lambda x, s=s: compiled(s, x) for s in states])
+
+
+def all_encoders(workload: Workload) -> Run:
+    """Every encoder on every clip, stacked by torch.func: no routing of the work at all."""
+    encoders = workload.encoders()
+    given = torch.cat([clip[0] for clip in _given(workload, encoders)])
+    parameters, buffers = stack_module_state(encoders)
+    skeleton = deepcopy(encoders[0]).to("meta")
+
+    def one(parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(skeleton, (parameters, buffers), (x,)).last_hidden_state
+
+    def run() -> Outputs:
+        hidden = torch.vmap(one, in_dims=(0, 0, None))(parameters, buffers, given)
+        return [[hidden[e, b] for e in chosen] for b, chosen in enumerate(workload.indices)]
+
+    return run
+
+
+def packed_by_blas(workload: Workload, context: Context | None = None) -> Run:
+    """Packed rows, each encoder's slice of them through torch's own routines."""
+    run = packed(workload, context)
+
+    def by_blas() -> Outputs:
+        with use_backend("reference"):
+            return run()
+
+    return by_blas
+
+
+def trimmed(workload: Workload) -> Run:
+    encoders, waveforms = workload.encoders(), workload.waveforms()
+    inputs = _extractors(encoders, padding="do_not_pad")
+
+    def run() -> Outputs:
+        return [
+            [_encode_own_frames(encoders[e], inputs[e](wave)) for e in chosen]
+            for wave, chosen in zip(waveforms, workload.indices, strict=True)
+        ]
+
+    return run
+
+
+def packed_step(workload: Workload, context: Context | None = None) -> Run:
+    pool, waveforms = (EncoderPool.from_encoders(workload.encoders()), workload.waveforms())
+    (family,) = pool.families
+    weight = family.layers[0].fc1.weight
+
+    def run() -> Outputs:
+        pool.zero_grad()
+        out = pool.encode(waveforms, workload.indices, context or workload.context)
+        pairs = ((clip, slot) for clip in range(len(waveforms)) for slot in range(workload.top_k))
+        _backward([out.pair(*pair) for pair in pairs])
+        return [[weight.grad[e] for e in chosen] for chosen in workload.indices]
+
+    return run
+
+
+def padded_loop_step(workload: Workload) -> Run:
+    encoders = workload.encoders()
+    forward = _loop(workload, encoders, [lambda x, e=e: e(x).last_hidden_state for e in encoders])
+
+    def run() -> Outputs:
+        for encoder in encoders:
+            encoder.zero_grad()
+        _backward([features for clip in forward() for features in clip])
+        return [[encoders[e].layers[0].fc1.weight.grad for e in chosen] for chosen in workload.indices]
+
+    return run
+
+
+def _needs_compiler() -> str | None:
+    return None if shutil.which("g++") or shutil.which("clang++") else "torch.compile needs a C++ compiler"
+
+
+PROVIDERS = {
+    "packed": Provider(packed, None, "one packed pass, from waveforms"),
+    "per_clip": Provider(per_clip, "window", "transformers, each clip and slot alone, from waveforms"),
+    "padded_loop": Provider(padded_loop, "window", "transformers, one batch an encoder, features given"),
+    "padded_loop_compiled": Provider(
+        padded_loop_compiled, "window", "the same under torch.compile", missing=_needs_compiler
+    ),
+    "all_encoders": Provider(all_encoders, "window", "torch.func.vmap: every encoder on every clip, features given"),
+    "packed_by_blas": Provider(packed_by_blas, None, "the packed pass in plain torch: BLAS, one call an encoder"),
+    "trimmed": Provider(trimmed, "valid", "transformers' layers on each clip's own frames, from waveforms"),
+    "packed_step": Provider(packed_step, None, "one packed pass and its backward, from waveforms", "packed_step"),
+    "padded_loop_step": Provider(
+        padded_loop_step, "window", "transformers, one batch an encoder and its backward, features given", "packed_step"
+    ),
+}
+
+
+def _loop(workload: Workload, encoders: Sequence[nn.Module], runs: Sequence[Callable[[Tensor], Tensor]]) -> Run:
+    """Each encoder once, on all clips that chose it."""
+    given = _given(workload, encoders)
 
     def run() -> Outputs:
         outputs: list[dict[int, Tensor]] = [{} for _ in given]
-        for e, encoder in enumerate(encoders):
+        for e, encode in enumerate(runs):
             clips = [b for b, chosen in enumerate(workload.indices) if e in chosen]
             if clips:
-                hidden = encoder(torch.cat([given[b] for b in clips])).last_hidden_state
-                for b, features in zip(clips, hidden, strict=True):
+                for b, features in zip(clips, encode(torch.cat([given[b][e] for b in clips])), strict=True):
                     outputs[b][e] = features
         return [[found[e] for e in chosen] for found, chosen in zip(outputs, workload.indices, strict=True)]
 
     return run
 
 
-def trimmed(workload: Workload) -> Run:
-    encoders, waveforms = workload.encoders(), workload.waveforms()
-    inputs = _extractor(encoders[0], padding="do_not_pad")
-
-    def run() -> Outputs:
-        return [
-            [_encode_own_frames(encoders[e], given) for e in chosen]
-            for given, chosen in zip(map(inputs, waveforms), workload.indices, strict=True)
-        ]
-
-    return run
+def _given(workload: Workload, encoders: Sequence[nn.Module]) -> list[list[Tensor]]:
+    """[clip][encoder]: its input, prepared before the clock starts; encoders of one kind share it."""
+    extractors = _extractors(encoders)
+    kinds = {_kind(encoder): e for e, encoder in enumerate(encoders)}
+    by_kind = [{kind: extractors[e](wave) for kind, e in kinds.items()} for wave in workload.waveforms()]
+    return [[clip[_kind(encoder)] for encoder in encoders] for clip in by_kind]
 
 
-PROVIDERS = {
-    "packed": Provider(packed, None, "one packed pass, from waveforms"),
-    "per_clip": Provider(per_clip, "window", "transformers, each clip and slot alone, from waveforms"),
-    "per_clip_shared": Provider(per_clip_shared, "window", "the same, features computed once a clip"),
-    "per_clip_given": Provider(per_clip_given, "window", "the same, features given"),
-    "padded_loop": Provider(padded_loop, "window", "transformers, one batch an encoder, features given"),
-    "trimmed": Provider(trimmed, "valid", "transformers' layers on each clip's own frames, from waveforms"),
-}
+def _kind(encoder: nn.Module) -> tuple[str, int]:
+    return encoder.main_input_name, getattr(encoder.config, "num_mel_bins", 1)
 
 
-def _extractor(encoder: nn.Module, padding: str = "max_length") -> Callable[[Tensor], Tensor]:
-    """Waveform -> the encoder's input [1, ...]: log-mel features for Whisper, the clip as it is for wave encoders."""
+def _extractors(encoders: Sequence[nn.Module], padding: str = "max_length") -> list[Callable[[Tensor], Tensor]]:
+    """Waveform -> each encoder's input [1, ...]: log-mel features for Whisper, the clip as it is for wave encoders."""
+    return [_extractor(encoder, padding) for encoder in encoders]
+
+
+def _extractor(encoder: nn.Module, padding: str) -> Callable[[Tensor], Tensor]:
     if encoder.main_input_name != "input_features":
-        return lambda wave: wave[None]
+        return lambda wave: wave[None].to(encoder.dtype)
     extract = WhisperFeatureExtractor(feature_size=encoder.config.num_mel_bins)
-    return lambda wave: (
-        extract(wave.numpy(), sampling_rate=SAMPLING_RATE, padding=padding, return_tensors="pt").input_features
-    )
+    dtype = encoder.dtype
+    return lambda wave: extract(
+        wave.cpu().numpy(), sampling_rate=SAMPLING_RATE, padding=padding, return_tensors="pt"
+    ).input_features.to(wave.device, dtype)
 
 
 def _encode(encoder: nn.Module, given: Tensor) -> Tensor:
@@ -141,3 +225,9 @@ def _encode_own_frames(encoder: nn.Module, features: Tensor) -> Tensor:
     for layer in encoder.layers:
         h = layer(h, None)
     return encoder.layer_norm(h)[0]
+
+
+def _backward(pairs: Sequence[Tensor]) -> None:
+    """Of a loss that every feature of every pair has a part in, each its own."""
+    slope = torch.linspace(-1, 1, pairs[0].shape[1], device=pairs[0].device, dtype=pairs[0].dtype)
+    torch.stack([(features @ slope).mean() for features in pairs]).mean().backward()

@@ -15,38 +15,39 @@ import torch
 
 from benchmarks.measure import ROOT
 
-SCHEMA = 1
+SCHEMA = 2
 _PACKAGES = ("torch", "transformers", "numpy")
 
 
 @dataclass(frozen=True)
 class Result:
-    """One provider on one workload.
+    """One provider on one workload, or one op.
 
-    seconds, speedup: median, p20, p80 over the rounds. speedup: seconds of the baseline by seconds of this provider,
-    in the same round. memory: bytes resident before the run and at its peak, None where they cannot be read.
-    lengths: seconds of audio in each clip.
+    subject: the workload, or the op and its sizes. mode: "features" of the pool, "whole" way to the language model,
+    training "step", or "op". seconds, speedup: median, p20, p80 over the rounds; speedup: seconds of the baseline by
+    seconds of this provider, in the same round. floor: the least seconds this machine could take, None where nobody
+    counted. memory: bytes resident before the run and at its peak, None where not read. about: encoders, slots and
+    lengths in seconds of a workload. sweep: what is varied in a series of workloads, and its value.
     """
 
-    workload: str
+    subject: str
     provider: str
     baseline: str
     mode: str
     dtype: str
-    context: str
-    num_encoders: int
-    top_k: int
-    lengths: tuple[float, ...]
     rounds: int
     seconds: dict[str, float]
     speedup: dict[str, float]
-    memory: dict[str, int] | None
+    floor: float | None = None
+    memory: dict[str, int] | None = None
+    about: dict[str, Any] | None = None
+    sweep: dict[str, Any] | None = None
 
 
-def machine(threads: int) -> dict[str, Any]:
+def machine(threads: int, gpu: bool) -> dict[str, Any]:
     """The machine, the versions and the state of the sources."""
     return {
-        "device": _cpu_model(),
+        "device": torch.cuda.get_device_name() if gpu else _cpu_model(),
         "cores": os.cpu_count(),
         "threads": threads,
         "python": platform.python_version(),
@@ -57,9 +58,10 @@ def machine(threads: int) -> dict[str, Any]:
     }
 
 
-def save(path: Path, command: str, threads: int, results: list[Result]) -> None:
-    """Write a results file, whole or not at all."""
-    report = {"schema": SCHEMA, "command": command, **machine(threads), "results": [asdict(r) for r in results]}
+def save(path: Path, command: str, threads: int, results: list[Result], gpu: bool = False, **more: Any) -> None:
+    """Write a results file, whole or not at all. more: entries beside those of the machine."""
+    entries = [asdict(result) for result in results]
+    report = {"schema": SCHEMA, "command": command, **machine(threads, gpu), **more, "results": entries}
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".tmp")
     draft.write_text(json.dumps(report, indent=1) + "\n")
@@ -67,16 +69,23 @@ def save(path: Path, command: str, threads: int, results: list[Result]) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a results file. Raises ValueError for one of another schema."""
-    report = json.loads(path.read_text())
-    if report.get("schema") != SCHEMA:
-        raise ValueError(f"{path}: expected results of schema {SCHEMA}, got {report.get('schema')}")
+    """Read a results file. Raises ValueError for a file that is none, or one of another schema."""
+    try:
+        report = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except ValueError:
+        raise ValueError(f"{path}: expected a results file, JSON") from None
+    found = report.get("schema") if isinstance(report, dict) else None
+    if found != SCHEMA:
+        raise ValueError(f"{path}: expected results of schema {SCHEMA}, got {found}")
     return report
 
 
 def _cpu_model() -> str:
     info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2] for line in info.read_text().split("\n") if line.startswith("model name")]
+    lines = info.read_text().split("\n") if info.exists() else []
+    names = [line.partition(":")[2] for line in lines if line.startswith("model name")]
     return " ".join((names[0] if names else platform.processor() or platform.machine()).split())
 
 
