@@ -1,0 +1,124 @@
+"""The whole mixture on a CUDA device: accuracy, no waiting for the device, repeatability, batch mates.
+
+`pytest -m gpu`; skipped where there is no CUDA device.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import Tensor
+
+from mowe import EncoderPool, MixtureOfWeakEncoders, MoweConfig
+from mowe_kernels import use_backend
+from tests.mowe.encoders import clip, hubert, relative_error, whisper
+
+pytestmark = pytest.mark.gpu
+
+BASE_WIDTH, OUT = 32, 64
+LENGTHS = [16_000, 401, 33_333, 48_000, 9_001]
+# Head sizes the attention kernel has, widths that fill no tile.
+WHISPER = {"d_model": 96, "encoder_attention_heads": 3, "encoder_ffn_dim": 200}
+WAVE = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 130}
+TEXT = {"model_type": "llama", "hidden_size": OUT, "num_attention_heads": 2}
+
+
+def made(dtype: torch.dtype = torch.float32) -> MixtureOfWeakEncoders:
+    torch.manual_seed(0)
+    pool = EncoderPool.from_encoders(
+        [whisper(0, **WHISPER), whisper(1, **WHISPER), hubert(2, **WAVE), hubert(3, **WAVE)], context="valid"
+    )
+    config = MoweConfig(
+        audio_config=whisper().config, text_config=TEXT, pool_config=pool.config, projector_hidden_size=48
+    )
+    mixture = MixtureOfWeakEncoders(config, pool)
+    torch.nn.init.normal_(mixture.router.dependent.weight, std=0.4)
+    return mixture.to("cuda", dtype)
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, list[Tensor], list[int]]:
+    """Base features, waveforms on the host, and how many base frames are real."""
+    torch.manual_seed(1)
+    frames = [-(-(samples // 160) // 2) for samples in LENGTHS]
+    base = torch.randn(len(LENGTHS), max(frames), BASE_WIDTH).to("cuda", dtype)
+    return base, [clip(samples, seed) for seed, samples in enumerate(LENGTHS)], frames
+
+
+def results(mixture: MixtureOfWeakEncoders, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tokens, and the gradient of every parameter that has one."""
+    mixture.zero_grad()
+    out = mixture(*inputs(dtype))
+    (out.tokens.float() @ torch.linspace(-1, 1, OUT, device="cuda")).mean().backward()
+    gradients = {name: p.grad.clone() for name, p in mixture.named_parameters() if p.grad is not None}
+    return {"tokens": out.tokens.detach(), **gradients}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_error_is_at_most_twice_that_of_plain_torch(dtype):
+    exact = made()
+    with use_backend("reference"):
+        expected = results(exact, torch.float32)
+        plain = results(made(dtype), dtype)
+    ours = results(made(dtype), dtype)
+    assert ours.keys() == plain.keys() == expected.keys()
+    for name, value in expected.items():
+        least = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+        assert relative_error(ours[name], value) <= max(2 * relative_error(plain[name], value), least), name
+
+
+def test_forward_and_backward_never_wait_for_the_device():
+    mixture = made()
+    results(mixture, torch.float32)  # compiles the kernels
+    given = inputs()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        mixture(*given).tokens.sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_two_runs_are_bitwise_equal(dtype):
+    mixture = made(dtype)
+    first, second = results(mixture, dtype), results(mixture, dtype)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@torch.no_grad()
+def test_a_clip_does_not_depend_on_its_batch():
+    mixture = made().eval()
+    base, waves, frames = inputs()
+    together = mixture(base, waves, frames)
+    for b in range(len(waves)):
+        alone = mixture(base[b : b + 1], waves[b : b + 1], frames[b : b + 1])
+        assert relative_error(together.clip(b), alone.clip(0)) <= 1e-5
+
+
+@torch.no_grad()
+def test_other_lengths_and_another_routing_compile_nothing():
+    mixture = made().eval()
+    base, waves, frames = inputs()
+    mixture(base, waves, frames)
+    compiled = _compiled_kernels()
+    other = deepcopy(mixture)
+    other.router.dependent.weight.neg_()
+    shorter = [wave[: len(wave) * 2 // 3] for wave in waves if len(wave) > 800]
+    lengths = [-(-(len(wave) // 160) // 2) for wave in shorter]
+    other(base[: len(shorter)], shorter, lengths)
+    assert _compiled_kernels() == compiled
+
+
+def _compiled_kernels() -> int:
+    """How many variants of all kernels Triton holds for the current device."""
+    import triton
+
+    from mowe_kernels import triton as kernels
+
+    count = 0
+    for module in vars(kernels).values():
+        for value in vars(module).values() if hasattr(module, "__dict__") else ():
+            if isinstance(value, triton.runtime.JITFunction):
+                count += len(value.device_caches[torch.cuda.current_device()][0])
+    return count
