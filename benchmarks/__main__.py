@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks import ops
 from benchmarks.compare import changes
 from benchmarks.floors import Roofs
 from benchmarks.measure import ROOT
@@ -63,6 +64,7 @@ def run(
         more = {"roofs": {"flops": roofs.flops, "bandwidth": roofs.bandwidth}, "missing": missing(comparisons)}
         if whole and suite != "sweeps":
             results += compare_ops(Workload.named(comparisons[0].workload, device, dtype), 10 * rounds, threads, roofs)
+            more["missing"] |= ops.missing(device)
         if whole and suite == "cpu":
             more["shares"] = {"workload": TYPICAL, "of": shares(Workload.named(TYPICAL))}
     except ValueError as error:

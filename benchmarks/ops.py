@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -101,6 +102,7 @@ def cases(workload: Workload) -> Iterator[OpCase]:
         f"varlen_attention, {len(sequences)} sequences, {HEADS} heads of {WIDTH // HEADS}",
         {
             "padded": _padded_attention(qkv, sequences),
+            **_varlen_rivals(qkv, rows.cu_seqlens, rows.max_seqlen),
             "packed": lambda: varlen_attention(qkv, rows.cu_seqlens, rows.max_seqlen).flatten(1),
         },
         flops=sum(4 * (last - first) ** 2 * WIDTH for first, last in sequences),
@@ -129,12 +131,41 @@ def cases(workload: Workload) -> Iterator[OpCase]:
     )  # fmt: skip
 
 
+_VARLEN = {"torch_varlen": "torch.nn.attention.varlen", "flash_attn": "flash_attn"}
 MEANINGS = {
     "loop": "torch, one call an encoder or clip",
     "grouped_mm": "torch.nn.functional.grouped_mm, then bias and GELU",
+    "torch_varlen": "torch.nn.attention.varlen",
+    "flash_attn": "FlashAttention-2, varlen",
     "padded": "torch's attention, one padded and masked batch",
     "packed": "this library",
 }
+
+
+def missing(device: str) -> dict[str, str]:
+    """Why a rival cannot run on a device, by its name."""
+    reasons = {name: f"needs {package} and a CUDA GPU" for name, package in _VARLEN.items()}
+    return reasons if device == "cpu" else {n: r for n, r in reasons.items() if find_spec(_VARLEN[n]) is None}
+
+
+def _varlen_rivals(qkv: Tensor, cu_seqlens: Tensor, longest: int) -> dict[str, Callable[[], Tensor]]:
+    """Attention over packed sequences by others, on a GPU; they take 16 bits alone."""
+    if qkv.device.type != "cuda" or qkv.dtype == torch.float32:
+        return {}
+    absent = missing("cuda")
+    q, k, v = (part.contiguous() for part in qkv.unbind(1))
+    rivals: dict[str, Callable[[], Tensor]] = {}
+    if "torch_varlen" not in absent:
+        from torch.nn.attention.varlen import varlen_attn
+
+        rivals["torch_varlen"] = lambda: varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest).flatten(1)
+    if "flash_attn" not in absent:
+        from flash_attn import flash_attn_varlen_func
+
+        rivals["flash_attn"] = lambda: flash_attn_varlen_func(
+            q, k, v, cu_seqlens, cu_seqlens, longest, longest
+        ).flatten(1)
+    return rivals
 
 
 def _plan(workload: Workload):
