@@ -32,18 +32,19 @@ clips:
 clean:
 	rm -rf .venv build dist *.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache
 
+# The package is built with this setuptools and this torch, which its compiled library needs.
 # No retries and a short timeout: where the index cannot be reached, pip goes on with the ones it can reach.
 .venv/.torch: constraints.txt
 	$(call need,$(PYTHON) -c 'import sys; assert sys.hexversion >= 0x30b0000',Python 3.11 or newer is needed; $(PYTHON) is $(or $(shell $(PYTHON) --version 2>/dev/null),missing) (name another with PYTHON=))
 	$(call need,$(PYTHON) -c 'import venv; import ensurepip',$(PYTHON) cannot make virtual environments; install its venv module (Debian, Ubuntu: apt install python3-venv))
 	$(PYTHON) -m venv .venv
-	$(PIP) install --no-deps -c constraints.txt $(if $(call succeeds,nvidia-smi -L),,--extra-index-url $(CPU_INDEX) --retries 0 --timeout 5) torch
+	$(PIP) install --no-deps -c constraints.txt $(if $(call succeeds,nvidia-smi -L),,--extra-index-url $(CPU_INDEX) --retries 0 --timeout 5) 'setuptools>=77' torch
 	touch $@
 
-.venv/.installed: .venv/.torch pyproject.toml
-	$(PIP) install -c constraints.txt -e .
+.venv/.installed: .venv/.torch pyproject.toml $(wildcard setup.py csrc/*)
+	$(PIP) install -c constraints.txt --no-build-isolation -e .
 	touch $@
 
-.venv/.installed-test: .venv/.torch pyproject.toml
-	$(PIP) install -c constraints.txt -e '.[test]'
+.venv/.installed-test: .venv/.torch pyproject.toml $(wildcard setup.py csrc/*)
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[test]'
 	touch $@

@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    BitsAndBytesConfig,
+    Cache,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.pytorch_utils import Conv1D
@@ -171,12 +178,21 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], *args: Any, **kwargs: Any):
-        """As in transformers, but missing, surplus or misshapen parameters and damaged files raise CheckpointError."""
+        """As in transformers, but missing, surplus or misshapen parameters and damaged files raise CheckpointError.
+
+        quantization_config: a MoweQuantizationConfig, or a BitsAndBytesConfig with load_in_4bit, whose list of modules
+        to skip adds to the routers, norms, projector and head, which are never quantised.
+        """
         source, want_info = str(pretrained_model_name_or_path), kwargs.pop("output_loading_info", False)
+        load = super().from_pretrained
+
+        def load_maybe_quantized(source: str, *args: Any, **kwargs: Any) -> Any:
+            return load(source, *args, **_with_quantization(source, kwargs))
+
         with naming(source):
             if not kwargs.get("subfolder"):
                 check_source(source)
-            model, info = read_model(super().from_pretrained, source, *args, **kwargs)
+            model, info = read_model(load_maybe_quantized, source, *args, **kwargs)
             check_keys(info, "model")
         return (model, info) if want_info else model
 
@@ -342,6 +358,21 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
             router_logits=mixture.router_logits if mixture is not None else None,
             router_indices=mixture.indices if mixture is not None else None,
         )
+
+
+def _with_quantization(source: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of from_pretrained with transformers told of our quantisation, where the model has one."""
+    where = ("subfolder", "revision", "cache_dir", "local_files_only", "token", "force_download")
+    stored, _ = MoweConfig.get_config_dict(source, **{name: settings[name] for name in where if name in settings})
+    stored, asked = stored.get("quantization_config"), settings.get("quantization_config")
+    if stored is None and asked is None:
+        return settings
+    from mowe.quantization import MoweQuantizationConfig, check_method
+
+    check_method(stored)
+    if isinstance(asked, BitsAndBytesConfig):
+        asked = MoweQuantizationConfig.from_bits_and_bytes(asked)
+    return {**settings, "quantization_config": asked}
 
 
 def _load_language_model(source: str) -> PreTrainedModel:

@@ -1,11 +1,13 @@
 """Kernels of a mixture of encoders: tensors in, tensors out."""
 
 from mowe_kernels.backend import use_backend
+from mowe_kernels.nf4 import Nf4Weight, nf4_quantize
 from mowe_kernels.ops.grouped_conv1d import grouped_conv1d
 from mowe_kernels.ops.grouped_layer_norm import grouped_layer_norm
 from mowe_kernels.ops.grouped_linear import grouped_linear
 from mowe_kernels.ops.grouped_mlp import grouped_mlp
 from mowe_kernels.ops.mixture_project import FrameClock, mixture_project
+from mowe_kernels.ops.nf4_dequantize_grouped import nf4_dequantize_grouped
 from mowe_kernels.ops.pack_plan import pack_plan
 from mowe_kernels.ops.route_topk import route_topk
 from mowe_kernels.ops.sequence_mean import sequence_mean
@@ -17,6 +19,7 @@ __all__ = [
     "FamilyPlan",
     "FrameClock",
     "Level",
+    "Nf4Weight",
     "PackLayout",
     "PackPlan",
     "grouped_conv1d",
@@ -24,6 +27,8 @@ __all__ = [
     "grouped_linear",
     "grouped_mlp",
     "mixture_project",
+    "nf4_dequantize_grouped",
+    "nf4_quantize",
     "pack_plan",
     "route_topk",
     "sequence_mean",

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
+from mowe_kernels import csrc
+
 BACKENDS = ("reference", "triton")
 
 # One for the whole process: autograd runs the backward of CUDA tensors in threads of its own.
@@ -35,6 +37,10 @@ def implementation(op: str) -> ModuleType:
     """The module that computes `op`: `mowe_kernels.<backend>.<op>`, plain torch unless `use_backend` says otherwise.
 
     The Triton kernels have been run in Triton's interpreter alone, never on a GPU: until they have, nobody gets them
-    without asking.
+    without asking. The ops of the compiled library have no Triton kernel; without that library they are plain torch.
     """
-    return importlib.import_module(f"mowe_kernels.{_forced or 'reference'}.{op}")
+    if op in csrc.OPS:
+        backend = "csrc" if _forced is None and csrc.available() else "reference"
+    else:
+        backend = _forced or "reference"
+    return importlib.import_module(f"mowe_kernels.{backend}.{op}")

@@ -1,7 +1,8 @@
 """`python -m mowe_kernels.compile_report`: every Triton kernel compiled for every architecture, without a GPU.
 
 Ends with exit code 1 where a kernel does not compile, spills registers, wants more shared memory than the
-architecture has, or multiplies matrices without matrix instructions (`wgmma` on sm_90).
+architecture has, or multiplies matrices without matrix instructions (`wgmma` on sm_90); with `--check` also where the
+committed table says otherwise.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mowe_kernels.compile_report", description=__doc__)
     parser.add_argument("ops", nargs="*", metavar="OP", help="only these ops (default: all)")
     parser.add_argument("--write", action="store_true", help=f"renew their tables in benchmarks/{PATH.name}")
+    parser.add_argument("--check", action="store_true", help=f"fail where benchmarks/{PATH.name} says otherwise")
     asked = parser.parse_args(arguments)
     known = ops()
     if unknown := sorted(set(asked.ops) - set(known)):
@@ -58,10 +60,14 @@ def main(arguments: list[str] | None = None) -> int:
     if asked.write:
         PATH.parent.mkdir(exist_ok=True)
         PATH.write_text(renewed(PATH.read_text() if PATH.exists() else "", text))
+    committed = PATH.read_text() if PATH.exists() else ""
+    differs = asked.check and renewed(committed, text) != committed
+    if differs:
+        print(f"{PATH.name} differs from what the kernels compile to; renew it with --write", file=sys.stderr)
     problems = [outcome for outcome in outcomes if outcome.problem]
     for outcome in problems:
         print(f"{outcome.name} on sm_{outcome.capability}: {outcome.problem}", file=sys.stderr)
-    return bool(problems)
+    return bool(problems or differs)
 
 
 def ops() -> list[str]:

@@ -98,13 +98,16 @@ def _generate(
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="what to ask about each clip", show_default=False)],
     model: Model = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="longest answer, in tokens")] = 64,
+    load_in_4bit: Annotated[
+        bool, typer.Option("--load-in-4bit", help="run in 4 bits, and show what that saves and costs")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Ask the model about audio files, one answer a file."""
     screen = _new_screen(json)
     with screen.step("starting"):
         from mowe.cli.generate import run
-    run(audio, prompt, model, max_new_tokens, screen)
+    run(audio, prompt, model, max_new_tokens, load_in_4bit, screen)
 
 
 @app.command("routes")
@@ -121,6 +124,32 @@ def _routes(
     with screen.step("starting"):
         from mowe.cli.routes import run
     run(audio, model, picture, screen)
+
+
+@app.command("quantize")
+def _quantize(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="folder of a saved model", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="new folder for the model in 4 bits", show_default=False)],
+    clip: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="AUDIO", help="file to judge the quality by, repeatable; else the bundled clips"),
+    ] = None,
+    part: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PART",
+            help="language_model, audio_tower, pool or lm_head, repeatable; else the first three",
+            show_default=False,
+        ),
+    ] = None,
+    double_quant: Annotated[bool, typer.Option(help="quantise the scales too")] = True,
+    json: Json = False,
+) -> None:
+    """Put a model in 4 bits: less memory, and a report of what became of the audio embeddings."""
+    screen = _new_screen(json)
+    with screen.step("starting"):
+        from mowe.cli.quantize import run
+    run(model, out, clip or [], part or ["language_model", "audio_tower", "pool"], double_quant, screen)
 
 
 @app.command("info")

@@ -27,7 +27,7 @@ _BAR = 16  # characters
 def run(out: Path, screen: Screen) -> None:
     if not next(path for path in (out, *out.parents) if path.exists()).is_dir():
         raise ConfigError(f"--out {out}: not a folder, nor can it become one")
-    clips = _bundled_clips(screen)
+    clips = bundled_clips(screen)
     loaded = load_model(None, screen)
     with screen.step("routing"):
         routes = route(loaded, clips)
@@ -73,7 +73,7 @@ def run(out: Path, screen: Screen) -> None:
     )
 
 
-def _bundled_clips(screen: Screen) -> list[Clip]:
+def bundled_clips(screen: Screen) -> list[Clip]:
     """The clips of the package, one window each."""
     with as_file(files("mowe") / "assets" / "clips") as folder:
         listed = json.loads((folder / "clips.json").read_text(encoding="utf-8"))

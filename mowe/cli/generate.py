@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from rich.console import RenderableType
 from rich.text import Text
 
 from mowe.cli._answers import answers
@@ -15,11 +17,26 @@ from mowe.errors import ConfigError
 _BATCH = 8  # clips answered together
 
 
-def run(files: Sequence[Path], prompt: str, folder: Path | None, max_new_tokens: int, screen: Screen) -> None:
+def run(
+    files: Sequence[Path],
+    prompt: str,
+    folder: Path | None,
+    max_new_tokens: int,
+    load_in_4bit: bool,
+    screen: Screen,
+) -> None:
     if not prompt.strip():
         raise ConfigError("--prompt: expected some text, got none")
     clips = read_clips(files, screen)
     loaded = load_model(folder, screen)
+    data: dict[str, Any] = {}
+    tables: list[RenderableType] = []
+    if load_in_4bit:
+        from mowe.cli._quality import report
+        from mowe.cli.quantize import as_data, quantize_and_compare
+
+        result = quantize_and_compare(loaded, clips, screen)
+        data, tables = {"quantization": as_data(*result)}, [Text(), report(*result, len(clips))]
     texts = []
     for first in screen.track(range(0, len(clips), _BATCH), "answering"):
         texts += answers(loaded, clips[first : first + _BATCH], prompt, max_new_tokens)
@@ -36,7 +53,9 @@ def run(files: Sequence[Path], prompt: str, folder: Path | None, max_new_tokens:
                 {"file": clip.file, "seconds": clip.seconds, "text": text}
                 for clip, text in zip(clips, texts, strict=True)
             ],
+            **data,
         },
         model_heading(folder),
         *lines,
+        *tables,
     )

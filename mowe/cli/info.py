@@ -11,10 +11,14 @@ import torch
 from rich import box
 from rich.table import Table
 from rich.text import Text
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from mowe.cli._inputs import default_device, naming, read_config
+from mowe.cli._quality import as_text
 from mowe.cli._screen import Screen, model_heading
 from mowe.cli._versions import package_version
+from mowe.families.stacked import StackedLinear
 from mowe.modeling_mowe import MoweForConditionalGeneration
 from mowe_kernels.backend import implementation
 
@@ -23,7 +27,10 @@ _VERSIONS = ("mowe-kernels", "torch", "transformers", "triton")
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a model. parameters: how many; bytes follow from 4 (fp32) or 2 (bf16) for each."""
+    """One part of a model. parameters: how many; bytes follow from 4 (fp32) or 2 (bf16) for each.
+
+    bytes_4bit: with its linear layers in NF4, scales quantised, and the rest in bf16.
+    """
 
     name: str
     type: str
@@ -31,6 +38,7 @@ class Part:
     parameters: int
     bytes_fp32: int
     bytes_bf16: int
+    bytes_4bit: int
 
 
 def run(folder: Path | None, screen: Screen) -> None:
@@ -88,7 +96,25 @@ def _parts(model: MoweForConditionalGeneration) -> Iterator[Part]:
 def _part(name: str, module: torch.nn.Module, kind: str, detail: str, share: int = 1) -> Part:
     """share: how many stacked encoders the module holds, of which this is one."""
     parameters = sum(parameter.numel() for parameter in module.parameters()) // share
-    return Part(name, kind, detail, parameters, 4 * parameters, 2 * parameters)
+    saved = sum(2 * count - _nf4_bytes(count) for count in _quantized(module)) // share
+    return Part(name, kind, detail, parameters, 4 * parameters, 2 * parameters, 2 * parameters - saved)
+
+
+def _quantized(module: torch.nn.Module) -> Iterator[int]:
+    """Values of every matrix that 4 bits would hold: those of encoders and language models, not its head."""
+    language_model = module if isinstance(module, PreTrainedModel) else None
+    head = language_model.get_output_embeddings() if language_model else None
+    for layer in module.modules():
+        if isinstance(layer, StackedLinear):
+            yield from [layer.weight[0].numel()] * layer.weight.shape[0]
+        elif language_model and isinstance(layer, torch.nn.Linear | Conv1D) and layer is not head:
+            yield layer.weight.numel()
+
+
+def _nf4_bytes(count: int) -> int:
+    """Half a byte a value, a byte a block of 64; for those bytes a float every 256, an offset and a table."""
+    blocks = -(-count // 64)
+    return (count + 1) // 2 + blocks + 4 * -(-blocks // 256) + 4 + 1024
 
 
 def _size(config: object) -> str:
@@ -110,24 +136,16 @@ def _table(parts: list[Part]) -> Table:
     table.add_column("part", "all")
     table.add_column("type")
     table.add_column("size")
-    for heading, sum_ in zip(("parameters", "fp32", "bf16"), total, strict=True):
+    for heading, sum_ in zip(("parameters", "fp32", "bf16", "4-bit"), total, strict=True):
         table.add_column(heading, sum_, justify="right", no_wrap=True)
     for part in parts:
         table.add_row(part.name, part.type, part.detail, *_part_sum([part]))
     return table
 
 
-def _part_sum(parts: list[Part]) -> tuple[str, str, str]:
+def _part_sum(parts: list[Part]) -> tuple[str, str, str, str]:
     count = sum(part.parameters for part in parts)
-    return f"{count:,}", _memory(4 * count), _memory(2 * count)
-
-
-def _memory(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"
+    return f"{count:,}", as_text(4 * count), as_text(2 * count), as_text(sum(part.bytes_4bit for part in parts))
 
 
 def _backend() -> str:

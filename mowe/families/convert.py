@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -93,9 +94,8 @@ def load_encoder(family: nn.Module, index: int, state_dict: dict[str, Tensor], e
 @torch.no_grad()
 def encoder_state_dict(family: nn.Module, index: int, entries: Sequence[Entry]) -> dict[str, Tensor]:
     """The state dict of encoder `index` under its transformers names."""
-    stacked = dict(family.named_parameters())
     return {
         name: part.clone()
         for entry in entries
-        for name, part in zip(entry.theirs, entry.unpack(stacked[entry.ours][index]), strict=True)
+        for name, part in zip(entry.theirs, entry.unpack(attrgetter(entry.ours)(family)[index]), strict=True)
     }

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mowe.errors import ConfigError
+from mowe.families.nf4 import layer_weights
 from mowe_kernels import Level, grouped_layer_norm, grouped_linear, grouped_mlp, varlen_attention
 
 
@@ -88,22 +89,21 @@ class StackedLayer(GradientCheckpointingLayer):
 
     def forward(self, x: Tensor, rows: Level) -> Tensor:
         """[R, D] -> [R, D], each sequence attending to itself alone."""
+        qkv_weight, out_weight, *mlp_weights = layer_weights((self.qkv, self.out, self.fc1, self.fc2), rows)
         h = self.attention_norm(x, rows) if self.pre_norm else x
-        qkv = grouped_linear(h, self.qkv.weight, self._qkv_bias(), rows.group_offsets)
+        qkv = grouped_linear(h, qkv_weight, self._qkv_bias(), rows.group_offsets)
         heads = qkv.view(x.shape[0], 3, self.heads, -1)
         attended = varlen_attention(heads, rows.cu_seqlens, rows.max_seqlen).flatten(1)
-        x = self.out(attended, rows, residual=x)
+        x = grouped_linear(attended, out_weight, self.out.bias, rows.group_offsets, residual=x)
         if self.pre_norm:
-            return self._mlp(x, rows, self.mlp_norm)
+            return self._mlp(x, rows, mlp_weights, self.mlp_norm)
         x = self.attention_norm(x, rows)
-        return self.mlp_norm(self._mlp(x, rows, None), rows)
+        return self.mlp_norm(self._mlp(x, rows, mlp_weights, None), rows)
 
-    def _mlp(self, x: Tensor, rows: Level, norm: StackedNorm | None) -> Tensor:
+    def _mlp(self, x: Tensor, rows: Level, weights: list[Tensor], norm: StackedNorm | None) -> Tensor:
         norms = (norm.weight, norm.bias) if norm is not None else (None, None)
-        fc1, fc2 = self.fc1, self.fc2
-        return grouped_mlp(
-            x, *norms, fc1.weight, fc1.bias, fc2.weight, fc2.bias, rows.group_offsets, eps=self.mlp_norm.eps
-        )
+        (fc1, fc2), eps = weights, self.mlp_norm.eps
+        return grouped_mlp(x, *norms, fc1, self.fc1.bias, fc2, self.fc2.bias, rows.group_offsets, eps=eps)
 
     def _qkv_bias(self) -> Tensor:
         bias = self.qkv.bias

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mowe_kernels.triton._compilation import Compilation
-from mowe_kernels.triton._launch import contiguous, launch, next_power_of_2, recorded, setting
+from mowe_kernels.triton._launch import contiguous, hardware, launch, next_power_of_2, recorded, setting
 
 
 @triton.jit
@@ -126,7 +126,8 @@ def forward(
     batch, slots = indices.shape
     plan = empty_plan(batch, slots, lengths.shape[0], rank)
     inputs = contiguous(indices, lengths, rank, level_bounds)
-    launch(pack_plan_fwd_kernel, 1, *inputs, *plan, batch, **plan_settings(slots, rank.shape[0], lengths.shape[0]))
+    settings = plan_settings(slots, rank.shape[0], lengths.shape[0], rank.device)
+    launch(pack_plan_fwd_kernel, 1, *inputs, *plan, batch, **settings)
     return plan
 
 
@@ -137,7 +138,7 @@ def empty_plan(batch: int, slots: int, levels: int, rank: Tensor) -> tuple[Tenso
     return tuple(torch.empty(shape, dtype=torch.int32, device=rank.device) for shape in shapes)
 
 
-def plan_settings(slots: int, encoders: int, levels: int) -> dict[str, int]:
+def plan_settings(slots: int, encoders: int, levels: int, device: torch.device) -> dict[str, int]:
     """The constants of a launch of `pack_pairs`: nothing in them depends on the batch."""
     block = setting("pack_block", 2048)  # cells (clip, encoder), and (level, pair)
     block_e, block_l = next_power_of_2(encoders), min(16, next_power_of_2(levels))
@@ -149,7 +150,8 @@ def plan_settings(slots: int, encoders: int, levels: int) -> dict[str, int]:
         "BLOCK_E": block_e,
         "BLOCK_L": block_l,
         "BLOCK_P": min(256, max(1, block // block_l)),
-        "num_warps": 8,
+        # With few encoders, ptxas gives eight warps so few registers on these two that some spill.
+        "num_warps": 4 if block_e <= 32 and hardware(device).capability in (86, 89) else 8,
         "num_stages": 1,  # a load moved ahead of the barrier it waits for would read what is not there yet
     }
 

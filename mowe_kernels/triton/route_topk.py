@@ -155,7 +155,7 @@ def forward(
         batch,
         TOP_K=top_k,
         TOP_K_INDEPENDENT=top_k_independent,
-        **plan_settings(slots, rank.shape[0], levels),
+        **plan_settings(slots, rank.shape[0], levels, rank.device),
     )
     return weights, indices, *plan
 
@@ -193,6 +193,7 @@ def compilations(capability: int) -> Iterator[Compilation]:
         {
             "1+1 of 4 encoders, 11 levels": lambda: route(4, 11, 1, 1),
             "2 of 8 encoders, 3 levels": lambda: route(8, 3, 0, 2),
+            "2 of 16 encoders, 3 levels": lambda: route(16, 3, 0, 2),
             "4+4 of 128 encoders, 16 levels": lambda: route(128, 16, 4, 4),
         },
     )

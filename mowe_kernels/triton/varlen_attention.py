@@ -271,9 +271,9 @@ class Settings(NamedTuple):
 # By how dot products are made, for heads of at most 64 columns and for wider ones.
 SETTINGS = {
     "scalar": {  # float32 anywhere
-        "forward": (Settings(32, 32, 8, 1), Settings(32, 32, 8, 1)),
+        "forward": (Settings(32, 32, 4, 1), Settings(32, 32, 8, 1)),
         "queries": (Settings(16, 32, 8, 1), Settings(16, 32, 8, 1)),
-        "keys": (Settings(16, 32, 8, 1), Settings(16, 32, 8, 1)),
+        "keys": (Settings(16, 32, 8, 1), Settings(16, 32, 8, 2)),
     },
     "warp": {  # mma.sync: sm_80, sm_86, sm_89
         "forward": (Settings(128, 32, 4, 3), Settings(128, 32, 8, 3)),
@@ -291,7 +291,11 @@ SETTINGS = {
 def choose(kernel: str, dtype: torch.dtype, head_dim: int, capability: int) -> Settings:
     """Launch settings of the "forward", "queries" or "keys" kernel."""
     unit = "scalar" if dtype == torch.float32 else "warpgroup" if capability >= 90 else "warp"
-    return setting(f"attention_{kernel}", SETTINGS[unit][kernel][head_dim > 64])
+    narrow, wide = SETTINGS[unit][kernel]
+    chosen = wide if head_dim > 64 else narrow
+    if unit == "warp" and kernel == "queries" and head_dim > 64 and (capability > 80 or head_dim == 96):
+        chosen = chosen._replace(num_stages=2)  # a third stage takes registers that these need, and some spill
+    return setting(f"attention_{kernel}", chosen)
 
 
 def forward(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, save_lse: bool) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from copy import deepcopy
 
 import pytest
@@ -15,7 +16,7 @@ from mowe import EncoderPool, MixtureOfWeakEncoders, MoweConfig
 from mowe_kernels import use_backend
 from tests.mowe.encoders import clip, hubert, relative_error, whisper
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("triton_kernels")]
 
 BASE_WIDTH, OUT = 32, 64
 LENGTHS = [16_000, 401, 33_333, 48_000, 9_001]
@@ -23,6 +24,12 @@ LENGTHS = [16_000, 401, 33_333, 48_000, 9_001]
 WHISPER = {"d_model": 96, "encoder_attention_heads": 3, "encoder_ffn_dim": 200}
 WAVE = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 130}
 TEXT = {"model_type": "llama", "hidden_size": OUT, "num_attention_heads": 2}
+
+
+@pytest.fixture
+def triton_kernels() -> Iterator[None]:
+    with use_backend("triton"):
+        yield
 
 
 def made(dtype: torch.dtype = torch.float32) -> MixtureOfWeakEncoders:

@@ -122,8 +122,11 @@ def test_a_short_clip_is_padded_and_said(run: Run, tmp_path: Path) -> None:
     assert clip["weights"] == answer(run, "routes", padded)["clips"][0]["weights"]
 
 
-def test_output_cannot_steer_the_terminal(run: Run, sounds: Path, tmp_path: Path) -> None:
-    file = tmp_path / "a\x1b[31m[bold]$x_1$\n.wav"
+def test_output_cannot_steer_the_terminal(
+    run: Run, sounds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the name alone: a long path would be cut
+    file = Path("a\x1b[31m[bold]$x_1$\n.wav")
     file.write_bytes((sounds / "noise.wav").read_bytes())
     result = run("routes", file, "--picture", tmp_path / "routes.svg")
     assert result.exit_code == 0

@@ -50,8 +50,24 @@ SMALL = {"gemm_tile": Tile(16, 16, 16, 4, 2), "wgrad_tile": Tile(16, 16, 16, 4, 
 @table(SHAPES, "shape")
 def test_layouts(sizes, shape):
     inputs = make_inputs(sizes, 3, EPILOGUES["all"][0], *shape)
+    frozen = ("row_scale",) if sum(sizes) == 1 else ()  # see `test_gradient_of_one_scale`
     with override(**SMALL):
-        assert_as_accurate_as_torch(op(sizes, "gelu"), inputs, sum(sizes), torch.float32)
+        assert_as_accurate_as_torch(op(sizes, "gelu"), inputs, sum(sizes), torch.float32, frozen)
+
+
+@table(SHAPES, "shape")
+def test_gradient_of_one_scale(shape):
+    """One number, in which plain torch can be right by luck: against float64 itself."""
+    inputs = make_inputs(GROUPS["one row"], 0, EPILOGUES["all"][0], *shape)
+    inputs = {name: value.to(DEVICE, torch.float32) for name, value in inputs.items()}
+    grads = []
+    for backend, dtype in (("reference", torch.float64), ("triton", torch.float32)):
+        leaves = {name: value.to(dtype) for name, value in inputs.items()}
+        leaves["row_scale"].requires_grad_()
+        with use_backend(backend), override(**SMALL):
+            out = op(GROUPS["one row"], "gelu")(**leaves)
+            grads += torch.autograd.grad(out.sum(), leaves["row_scale"])
+    torch.testing.assert_close(grads[1], grads[0].float())
 
 
 @table(EPILOGUES, "epilogue")

@@ -1,0 +1,124 @@
+"""What 4 bits cost and save: audio embeddings and choices of the routers before and after, memory of every part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+
+from mowe.cli._inputs import Clip, LoadedModel
+
+# Past these a result is warned of. Our choice: random weights of the demo model stay well inside.
+MOST_ERROR = 0.25
+LEAST_COSINE = 0.97
+LEAST_AGREEMENT = 0.9
+
+_UNITS = ("B", "KiB", "MiB", "GiB")
+
+
+@dataclass(frozen=True)
+class Heard:
+    """embeddings: float32 [tokens, H] of all clips. choices: [windows][slots], the encoders chosen."""
+
+    embeddings: Tensor
+    choices: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """relative_error: norm of the embeddings' change over their norm. cosine: mean over tokens. router_agreement: share
+    of windows that chose the same encoders."""
+
+    relative_error: float
+    cosine: float
+    router_agreement: float
+
+    def warnings(self) -> list[str]:
+        """What is past the thresholds."""
+        rules = (
+            ("the relative error of the audio embeddings is", self.relative_error, self.relative_error > MOST_ERROR),
+            ("the cosine between the audio embeddings is", self.cosine, self.cosine < LEAST_COSINE),
+            ("the share of clips routed alike is", self.router_agreement, self.router_agreement < LEAST_AGREEMENT),
+        )
+        limits = f"at most {MOST_ERROR}", f"at least {LEAST_COSINE}", f"at least {LEAST_AGREEMENT}"
+        return [
+            f"{what} {value:.3f}, {limit} is expected; keep more parts in full precision"
+            for (what, value, bad), limit in zip(rules, limits, strict=True)
+            if bad
+        ]
+
+
+@torch.inference_mode()
+def hear(loaded: LoadedModel, clips: Sequence[Clip]) -> Heard:
+    """What the language model would get for the clips, one after the other."""
+    embeddings: list[Tensor] = []
+    choices: list[list[int]] = []
+    for clip in clips:
+        inputs: Any = loaded.processor.feature_extractor([clip.wave])
+        audio: Any = loaded.model.get_audio_features(
+            inputs["input_features"].to(loaded.device), inputs["input_features_mask"].to(loaded.device)
+        )
+        embeddings.append(audio.pooler_output.float())
+        choices += audio.mixture.indices.tolist()
+    return Heard(torch.cat(embeddings), choices)
+
+
+def compare(before: Heard, after: Heard) -> Quality:
+    error = (after.embeddings - before.embeddings).norm() / before.embeddings.norm()
+    cosine = nn.functional.cosine_similarity(before.embeddings, after.embeddings, dim=-1).mean()
+    same = sum(a == b for a, b in zip(before.choices, after.choices, strict=True))
+    return Quality(error.item(), cosine.item(), same / len(before.choices))
+
+
+def memory(model: Any) -> dict[str, int]:
+    """Bytes of every part, scales included, what parts share counted once."""
+    seen: set[int] = set()
+
+    def count(module: nn.Module) -> int:
+        new = [t for t in module.state_dict().values() if t.data_ptr() not in seen]
+        seen.update(t.data_ptr() for t in new)
+        return sum({t.data_ptr(): t.nbytes for t in new}.values())
+
+    mixture = model.model.mixture
+    parts = {
+        "base encoder": model.audio_tower,
+        "pool": mixture.pool,
+        "routers": mixture.router,
+        "projector": mixture.multi_modal_projector,
+        "language model": model.language_model,
+    }
+    return {name: count(module) for name, module in parts.items()}
+
+
+def as_text(count: float) -> str:
+    """Bytes for people."""
+    for unit in _UNITS[:-1]:
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} {_UNITS[-1]}"
+
+
+def report(before: dict[str, int], after: dict[str, int], quality: Quality, clips: int) -> Group:
+    """The table of memory, and what became of the embeddings."""
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False, show_footer=True)
+    table.add_column("part", "all")
+    for heading, sizes in (("before", before), ("in 4 bits", after)):
+        table.add_column(heading, as_text(sum(sizes.values())), justify="right", no_wrap=True)
+    for name, size in before.items():
+        table.add_row(name, as_text(size), as_text(after[name]))
+    return Group(
+        table,
+        Text(),
+        Text(
+            f"audio embeddings, {clips} clips: relative error {quality.relative_error:.3f}, cosine {quality.cosine:.4f}"
+        ),
+        Text(f"routed alike: {quality.router_agreement:.0%}"),
+    )

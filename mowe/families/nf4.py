@@ -1,0 +1,85 @@
+"""Stacked linear layers whose weights are in 4 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mowe_kernels import Level, Nf4Weight, grouped_linear, nf4_dequantize_grouped, nf4_quantize
+
+_SCALES = ("absmax", "nested_absmax", "nested_offset", "nested_code")
+
+
+class Nf4StackedLinear(nn.Module):
+    """E linear layers, weights as in `Nf4Weight`, frozen; bias: [E, N], in the type that is computed in."""
+
+    def __init__(self, weight: Nf4Weight, bias: nn.Parameter):
+        super().__init__()
+        self.shape, self.blocksize = weight.shape, weight.blocksize
+        self.register_buffer("codes", weight.codes)
+        for name in _SCALES:
+            self.register_buffer(name, getattr(weight, name))
+        self.bias = bias
+
+    @property
+    def quantized(self) -> Nf4Weight:
+        scales = {name: getattr(self, name) for name in _SCALES}
+        return Nf4Weight(self.codes, shape=self.shape, dtype=self.bias.dtype, blocksize=self.blocksize, **scales)
+
+    @property
+    def weight(self) -> Tensor:
+        """[E, N, K], dequantised anew at every use."""
+        return self.quantized.dequantize()
+
+    def forward(self, x: Tensor, rows: Level, *, residual: Tensor | None = None) -> Tensor:
+        """[R, K] -> [R, N], every row through its encoder's layer."""
+        (weight,) = layer_weights([self], rows)
+        return grouped_linear(x, weight, self.bias, rows.group_offsets, residual=residual)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Moves between devices; the scales stay in float32 whatever type the model is cast to."""
+        before = {name: getattr(self, name) for name in _SCALES}
+        super()._apply(fn, recurse)
+        for name, scale in before.items():
+            moved = getattr(self, name)
+            if scale is not None and moved.dtype != scale.dtype:
+                setattr(self, name, scale.to(moved.device))
+        return self
+
+
+def quantize_linears(module: nn.Module, linear_class: type[nn.Module], double_quant: bool) -> None:
+    """Put every stacked linear layer of a module in 4 bits, one by one; on the meta device, only their shapes."""
+    for name, linear in list(module.named_modules()):
+        if type(linear) is linear_class:
+            weight = _quantize(linear.weight, double_quant)
+            module.set_submodule(name, Nf4StackedLinear(weight, linear.bias))
+
+
+def layer_weights(linears: Sequence[Any], rows: Level) -> list[Tensor]:
+    """Weights [E, N, K] of the layers; those in 4 bits are dequantised together, for the encoders that have rows."""
+    packed = [linear.quantized for linear in linears if isinstance(linear, Nf4StackedLinear)]
+    if not packed:
+        return [linear.weight for linear in linears]
+    full = iter(nf4_dequantize_grouped([p.matrix for p in packed], rows.group_offsets, packed[0].dtype))
+    return [next(full) if isinstance(linear, Nf4StackedLinear) else linear.weight for linear in linears]
+
+
+def _quantize(weight: Tensor, double_quant: bool) -> Nf4Weight:
+    if weight.device.type != "meta":
+        return nf4_quantize(weight, double_quant=double_quant)
+    encoders, *shape = weight.shape
+    count = shape[0] * shape[1]
+    blocks = -(-count // 64)
+
+    def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(encoders, *sizes, dtype=dtype, device="meta")
+
+    nested = {}
+    if double_quant:
+        nested = {"nested_absmax": empty(-(-blocks // 256)), "nested_offset": empty(), "nested_code": empty(256)}
+    absmax = empty(blocks, dtype=torch.uint8 if double_quant else torch.float32)
+    codes = empty((count + 1) // 2, dtype=torch.uint8)
+    return Nf4Weight(codes, absmax, tuple(shape), weight.dtype, **nested)

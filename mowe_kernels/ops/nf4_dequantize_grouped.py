@@ -1,0 +1,83 @@
+"""`mowe::nf4_dequantize_grouped`: all matrices of a layer out of 4 bits, for the encoders that have rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mowe_kernels.ops._op import Op, check, check_shape
+from mowe_kernels.ops.nf4_quantize import BLOCKSIZES, sizes
+from mowe_kernels.reference.nf4_nested import NESTED_BLOCKSIZE
+
+
+class Nf4Matrix(NamedTuple):
+    """E matrices [rows, columns] in 4 bits, as `Nf4Weight` describes them."""
+
+    codes: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    nested_offset: Tensor | None
+    nested_code: Tensor | None
+    rows: int
+    columns: int
+    blocksize: int
+
+    def check(self, op: str) -> None:
+        """Raise ValueError where sizes or types do not fit each other."""
+        check(self.blocksize in BLOCKSIZES, op, f"blocksize must be one of {BLOCKSIZES}, got {self.blocksize}")
+        nbytes, blocks = sizes(self.rows, self.columns, self.blocksize)
+        check_shape(
+            op, "codes", self.codes, (None, nbytes), f"two values of a {self.rows} x {self.columns} matrix a byte"
+        )
+        encoders = self.codes.shape[0]
+        nested = self.nested_absmax is not None
+        check(self.codes.dtype == torch.uint8, op, f"codes must be uint8, got {self.codes.dtype}")
+        scale = torch.uint8 if nested else torch.float32
+        check(self.absmax.dtype == scale, op, f"absmax must be {scale}, got {self.absmax.dtype}")
+        check_shape(op, "absmax", self.absmax, (encoders, blocks), f"a scale every {self.blocksize} values")
+        if nested:
+            count = -(-blocks // NESTED_BLOCKSIZE)
+            for name, shape in (
+                ("nested_absmax", (encoders, count)),
+                ("nested_offset", (encoders,)),
+                ("nested_code", (encoders, 256)),
+            ):
+                tensor = getattr(self, name)
+                check(tensor is not None and tensor.dtype == torch.float32, op, f"{name} must be float32")
+                check_shape(op, name, tensor, shape, "scales of the scales")
+
+
+def _fake(codes, absmax, nested_absmax, nested_offset, nested_code, sizes, group_offsets, dtype):
+    shapes = zip(codes, sizes[::3], sizes[1::3], strict=True)
+    return [c.new_empty((c.shape[0], rows, columns), dtype=dtype) for c, rows, columns in shapes]
+
+
+_op = Op(
+    "nf4_dequantize_grouped",
+    "(Tensor[] codes, Tensor[] absmax, Tensor[] nested_absmax, Tensor[] nested_offset, Tensor[] nested_code,"
+    " int[] sizes, Tensor group_offsets, ScalarType dtype) -> Tensor[]",
+    _fake,
+    module="nf4_dequantize_grouped",
+    function="forward",
+)
+
+
+def nf4_dequantize_grouped(matrices: Sequence[Nf4Matrix], group_offsets: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Weights [E, rows, columns] in `dtype` of every stack, those of encoders without rows unspecified.
+
+    group_offsets: int32 [E+1], first row of each encoder. The results are new tensors: freed after their layer, the
+    allocator gives the next layer the same memory. The product of value and scale is taken in float32.
+    Floor: 0.5 bytes read and one element written for each weight of the encoders in use.
+    Raises ValueError for sizes or types that do not fit each other.
+    """
+    for matrix in matrices:
+        matrix.check("nf4_dequantize_grouped")
+        offsets = (matrix.codes.shape[0] + 1,)
+        check_shape("nf4_dequantize_grouped", "group_offsets", group_offsets, offsets, "row offsets [E+1]")
+    absent = group_offsets.new_empty(0, dtype=torch.float32)
+    nested = ([absent if t is None else t for t in column] for column in list(zip(*matrices, strict=True))[2:5])
+    layout = [n for m in matrices for n in (m.rows, m.columns, m.blocksize)]
+    return list(_op([m.codes for m in matrices], [m.absmax for m in matrices], *nested, layout, group_offsets, dtype))
