@@ -4,6 +4,7 @@ It uses torch's stable ABI alone: one binary for every torch from 2.11 on. Needs
 `--no-build-isolation`; without torch or a compiler the package is installed without it, and the plain torch path runs.
 """
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -18,12 +19,11 @@ class SharedLibrary(build_ext):
 
 
 def extensions():
-    try:
-        import torch
-    except ImportError:
-        print("torch is not importable here: the compiled library is left out")
+    torch = find_spec("torch")  # not imported: its own dependencies may still be missing
+    if torch is None:
+        print("torch is not installed here: the compiled library is left out")
         return []
-    root = Path(torch.__file__).parent
+    root = Path(torch.origin).parent
     library = Extension(
         "mowe_kernels._csrc",
         sources=["csrc/cpu.cpp"],

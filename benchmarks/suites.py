@@ -49,10 +49,9 @@ SUITES: dict[str, tuple[Comparison, ...]] = {
         Comparison(
             "tiny8/speech/8", ("per_clip", "padded_loop", "padded_loop_compiled", "trimmed", "packed"), memory=True
         ),
-        Comparison("tiny8/short/8", ("per_clip", "padded_loop", "trimmed", "packed"), memory=True),
-        Comparison("tiny8/full/8", ("per_clip", "padded_loop", "packed"), memory=True),
+        Comparison("tiny8/short/8", ("per_clip", "padded_loop", "trimmed", "packed")),
+        Comparison("tiny8/full/8", ("padded_loop", "packed"), memory=True),
         Comparison("tiny4/spread/8", ("per_clip", "padded_loop", "all_encoders", "trimmed", "packed"), memory=True),
-        Comparison("tiny4/full/8", ("padded_loop", "packed"), memory=True),
         Comparison("base16/speech/8", ("padded_loop", "packed")),
         Comparison("paper/speech/4", ("per_clip", "packed")),
         Comparison("hubert1/8s/4", ("per_clip", "packed")),

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
-from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
@@ -148,6 +147,8 @@ def _replace_linears(model: nn.Module, config: MoweQuantizationConfig, pre_quant
 
     Only names inside of the language model are looked at, so that a list of modules to skip cannot uncover the others.
     """
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear  # seconds to import
+
     language_model = model.language_model
     chosen = {"language_model": "language_model" in config.parts, "lm_head": "lm_head" in config.parts}
     head = language_model.get_output_embeddings()

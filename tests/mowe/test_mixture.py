@@ -85,14 +85,17 @@ def assert_naive(made: MixtureOfWeakEncoders, inputs: Inputs) -> MixtureOutput:
 
     projector = made.multi_modal_projector
     gradients = {name: parameter.grad for name, parameter in projector.named_parameters()}
-    assert_same_gradients(gradients, naive.projector.gradients(projector))
-    for ours, theirs in (
-        (made.router.independent_logits, naive.independent),
-        (made.router.dependent.weight if made.router.dependent else None, naive.dependent),
+    naive_gradients = naive.projector.gradients(projector)
+    for router, ours, theirs in (
+        ("independent", made.router.independent_logits, naive.independent),
+        ("dependent", made.router.dependent.weight if made.router.dependent else None, naive.dependent),
     ):
         assert (ours is None) == (theirs is None)
-        if ours is not None and made.pool.num_encoders > 1:  # one alone has probability one, whatever its logit
-            assert_same_gradients({"router": ours.grad}, {"router": theirs.grad})
+        if ours is not None:
+            # Beside the projector's: a router's may be a small difference of large terms, whose float32 features
+            # differ in their last bits from one run to the next.
+            gradients[router], naive_gradients[router] = ours.grad, theirs.grad
+    assert_same_gradients(gradients, naive_gradients)
     chosen = {encoder for row in choices for encoder in row}
     for index, encoder in enumerate(naive.encoders):
         ours = encoder_gradients(made.pool, index, encoder)
