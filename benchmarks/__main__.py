@@ -65,14 +65,28 @@ def run(
         if whole and suite != "sweeps":
             results += compare_ops(Workload.named(comparisons[0].workload, device, dtype), 10 * rounds, threads, roofs)
             more["missing"] |= ops.missing(device)
-        if whole and suite == "cpu":
-            more["shares"] = {"workload": TYPICAL, "of": shares(Workload.named(TYPICAL))}
     except ValueError as error:
         _stop(str(error))
     command = " ".join(["python -m benchmarks", *sys.argv[1:]])
     output = output or RESULTS.with_name("gpu" if device == "cuda" else "cpu") / f"{suite}.json"
     save(output, command, threads, results, device == "cuda", **more)
     console.print(*rich_tables(load(output)), f"written to {output}", sep="\n")
+
+
+@app.command()
+def profile(
+    workload: Annotated[str, typer.Option()] = TYPICAL, threads: Annotated[int, typer.Option(min=1)] = 2
+) -> None:
+    """Where the time of the packed pool goes on this machine's CPU."""
+    torch.set_num_threads(threads)
+    try:
+        of = shares(Workload.named(workload))
+    except ValueError as error:
+        _stop(str(error))
+    command = " ".join(["python -m benchmarks", *sys.argv[1:]])
+    save(RESULTS / "profile.json", command, threads, [], workload=workload, shares=of)
+    for kind, share in of.items():
+        console.print(f"{share:6.1%}  {kind}")
 
 
 @app.command()
@@ -92,14 +106,14 @@ def compare(old: FileArgument, new: FileArgument) -> None:
 
 @app.command()
 def page(
-    results: Annotated[Path, typer.Option(file_okay=False, help="Folder with cpu.json and sweeps.json.")] = RESULTS,
+    results: Annotated[Path, typer.Option(file_okay=False, help="Folder of the results.")] = RESULTS,
 ) -> None:
     """Make docs/benchmarks.md, its pictures and the README's performance section from the committed results."""
     try:
-        cpu, sweeps = load(results / "cpu.json"), load(results / "sweeps.json")
+        cpu, sweeps, profiled = (load(results / f"{name}.json") for name in ("cpu", "sweeps", "profile"))
         for path in draw(cpu, sweeps, PICTURES):
             console.print(f"drawn: {path.relative_to(ROOT)}")
-        PAGE.write_text(make_page(cpu, sweeps, PICTURES.name))
+        PAGE.write_text(make_page(cpu, sweeps, profiled, PICTURES.name))
         fill(README, readme(cpu, PICTURES.relative_to(ROOT).as_posix()))
     except (OSError, ValueError) as error:
         _stop(str(error))

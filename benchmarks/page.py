@@ -18,7 +18,7 @@ _PICTURES = (
 _README = ("tiny8/speech/8", "tiny8/short/8", "tiny8/full/8")
 
 
-def page(cpu: dict[str, Any], sweeps: dict[str, Any], pictures: str) -> str:
+def page(cpu: dict[str, Any], sweeps: dict[str, Any], profiled: dict[str, Any], pictures: str) -> str:
     """The whole page. pictures: folder of the pictures, as the page links to it."""
     of = {mode: [r for r in cpu["results"] if r["mode"] == mode] for mode in ("features", "whole", "step", "op")}
     lines = ["# Benchmarks", "", "Made by `python -m benchmarks page` from the committed results.", ""]
@@ -38,11 +38,11 @@ def page(cpu: dict[str, Any], sweeps: dict[str, Any], pictures: str) -> str:
             lines += _picture(pictures, 2)
     lines += ["### Memory", "", *_picture(pictures, 3)]
     lines += ["### Scaling", "", f"Measured by `{sweeps['command']}`.", "", *_picture(pictures, 1)]
-    shares = cpu["shares"]
-    lines += ["### Where the time goes", "", f"The packed pool on {shares['workload']}:", ""]
+    lines += ["### Where the time goes", ""]
+    lines += [f"The packed pool on {profiled['workload']}, by `{profiled['command']}`:", ""]
     lines += ["| kind of work | share |", "| --- | ---: |"]
-    lines += [f"| {kind} | {share:.1%} |" for kind, share in shares["of"].items()]
-    lines += ["", *(f"Not run here: {name}, {reason}." for name, reason in cpu["missing"].items())]
+    lines += [f"| {kind} | {share:.1%} |" for kind, share in profiled["shares"].items()]
+    lines += ["", *(f"Not run here: {name}, {reason}." for name, reason in cpu["missing"].items()), ""]
     lines += ["## On a CUDA GPU", "", "| workload | result |", "| --- | --- |"]
     lines += [f"| {name} | not measured yet |" for name in dict.fromkeys(r["subject"] for r in of["features"])]
     return "\n".join(lines) + "\n"

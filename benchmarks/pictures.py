@@ -54,7 +54,7 @@ def _bars(results: Sequence[dict[str, Any]], value, form: str, title: str, where
     groups = [(subject, list(rows)) for subject, rows in groupby(results, key=lambda r: r["subject"])]
     height = 0.32 * len(results) + 0.55 * len(groups) + 0.9
     figure = Figure(figsize=(10, height))
-    axes = figure.add_subplot()
+    axes = figure.add_axes((0.01, 0, 0.99, 1 - 0.7 / height))
     y, largest = 0.0, max(value(r) for r in results)
     for subject, rows in groups:
         axes.text(0, y, subject, color=_INK, weight="bold", va="center", fontsize=10)
@@ -68,17 +68,17 @@ def _bars(results: Sequence[dict[str, Any]], value, form: str, title: str, where
         y += 0.6
     axes.set(xlim=(0, 1.9 * largest), ylim=(y, -0.8))
     axes.axis("off")
-    figure.suptitle(title, x=0.13, y=0.99, ha="left", va="bottom", color=_INK, fontsize=13, weight="bold")
-    figure.text(0.13, 0.985, where, ha="left", va="top", color=_QUIET, fontsize=9)
+    figure.suptitle(title, x=0.01, y=1 - 0.3 / height, ha="left", va="bottom", color=_INK, fontsize=13, weight="bold")
+    figure.text(0.01, 1 - 0.35 / height, where, ha="left", va="top", color=_QUIET, fontsize=9)
     return figure
 
 
 def _lines(results: Sequence[dict[str, Any]], where: str) -> Figure:
     """Seconds against what each sweep varies, a panel a sweep."""
     sweeps = [(axis, list(rows)) for axis, rows in groupby(results, key=lambda r: r["sweep"]["axis"])]
-    figure = Figure(figsize=(5 * len(sweeps), 3.8), layout="constrained")
+    figure = Figure(figsize=(10, 3.4 * -(-len(sweeps) // 2)), layout="constrained")
     for place, (axis, rows) in enumerate(sweeps, start=1):
-        _panel(figure.add_subplot(1, len(sweeps), place), axis, rows)
+        _panel(figure.add_subplot(-(-len(sweeps) // 2), 2, place), axis, rows)
     figure.suptitle(f"Seconds for one batch ({where})", x=0.01, ha="left", color=_INK, fontsize=13, weight="bold")
     return figure
 

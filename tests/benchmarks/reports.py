@@ -25,6 +25,5 @@ def report(*results: dict[str, Any], **more: Any) -> dict[str, Any]:
         "schema": 2, "command": "python -m benchmarks run", "device": "a CPU", "threads": 2,
         "versions": {"torch": "2.13.0"}, "roofs": {"flops": 2e11, "bandwidth": 2e10},
         "missing": {"padded_loop_compiled": "torch.compile needs a C++ compiler"},
-        "shares": {"workload": "tiny8/speech/8", "of": {"matrix products": 0.75, "attention": 0.25}},
         "results": list(results), **more,
     }  # fmt: skip

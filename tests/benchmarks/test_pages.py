@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.page import page
+from benchmarks.__main__ import PAGE, PICTURES, README, RESULTS
+from benchmarks.page import page, readme
 from benchmarks.pictures import draw
+from benchmarks.results import load
 from benchmarks.tables import BEGIN, END, fill, rich_tables
 from tests.benchmarks.reports import report, result
 
@@ -27,11 +29,14 @@ SWEEPS = report(
     )
 )
 
+PROFILED = report(workload="tiny8/speech/8", shares={"matrix products": 0.75, "attention": 0.25})
+
 
 def test_page_says_what_was_measured_and_what_was_not():
-    text = page(CPU, SWEEPS, "benchmarks")
+    text = page(CPU, SWEEPS, PROFILED, "benchmarks")
     assert "| one packed pass, from waveforms | 0.20 | 5.00 | 4.75 to 5.25 | 25% | 1024 MiB |" in text
     assert "Not run here: padded_loop_compiled, torch.compile needs a C++ compiler." in text
+    assert "| matrix products | 75.0% |" in text
     assert "| tiny8/speech/8 | not measured yet |" in text
 
 
@@ -53,3 +58,9 @@ def test_only_what_is_between_the_markers_changes(tmp_path):
     path.write_text("no markers")
     with pytest.raises(ValueError, match="expected the lines"):
         fill(path, "new")
+
+
+def test_committed_pages_are_those_of_the_committed_results():
+    cpu, sweeps, profiled = (load(RESULTS / f"{name}.json") for name in ("cpu", "sweeps", "profile"))
+    assert PAGE.read_text() == page(cpu, sweeps, profiled, PICTURES.name)
+    assert readme(cpu, "docs/benchmarks") in README.read_text()
