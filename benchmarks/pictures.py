@@ -62,7 +62,7 @@ def _bars(results: Sequence[dict[str, Any]], value, form: str, title: str, where
         for row in rows:
             ours = row["provider"] in _LIBRARY
             axes.barh(y, value(row), 0.72, color=_OURS if ours else _THEIRS)
-            label = f"{form.format(value(row))}  {meaning(row['provider'])}"
+            label = f"{form.format(value(row))}  {meaning(row)}"
             axes.text(value(row) + 0.01 * largest, y, label, color=_INK if ours else _QUIET, va="center", fontsize=9)
             y += 1
         y += 0.6
@@ -84,10 +84,10 @@ def _lines(results: Sequence[dict[str, Any]], where: str) -> Figure:
 
 
 def _panel(axes: Axes, axis: str, rows: Sequence[dict[str, Any]]) -> None:
-    for provider in dict.fromkeys(row["provider"] for row in rows):
+    for provider, row in {row["provider"]: row for row in rows}.items():
         points = sorted((r["sweep"]["value"], r["seconds"]["median"]) for r in rows if r["provider"] == provider)
         color = _OURS if provider in _LIBRARY else _QUIET
-        axes.plot(*zip(*points, strict=True), marker="o", color=color, label=meaning(provider))
+        axes.plot(*zip(*points, strict=True), marker="o", color=color, label=meaning(row))
     axes.set(xlabel=axis, ylim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)

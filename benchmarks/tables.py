@@ -63,9 +63,9 @@ def fill(page: Path, text: str) -> None:
     page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
 
 
-def meaning(provider: str) -> str:
-    """What a reader is told a provider is."""
-    return ALL[provider].meaning if provider in ALL else MEANINGS[provider]
+def meaning(result: dict[str, Any]) -> str:
+    """What a reader is told the provider of a result is."""
+    return MEANINGS[result["provider"]] if result["mode"] == "op" else ALL[result["provider"]].meaning
 
 
 def _by_subject(results: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
@@ -88,7 +88,7 @@ def _row(result: dict[str, Any]) -> tuple[str, ...]:
     seconds, speedup, floor, memory = (result[name] for name in ("seconds", "speedup", "floor", "memory"))
     unit = f"{seconds['median'] * 1e3:.2f} ms" if result["mode"] == "op" else f"{seconds['median']:.2f}"
     return (
-        meaning(result["provider"]),
+        meaning(result),
         unit,
         f"{speedup['median']:.2f}",
         f"{speedup['p20']:.2f} to {speedup['p80']:.2f}",
