@@ -23,7 +23,7 @@ ROUNDS = 3
 FLOORS = [
     ("tiny4/spread/8", "per_clip", "packed", 4.5),
     ("tiny8/short/8", "per_clip", "packed", 9.0),
-    ("tiny4/full/8", "padded_loop", "packed", 0.95),
+    ("tiny8/full/8", "padded_loop", "packed", 0.95),
     ("hubert1/8s/4", "per_clip", "packed", 1.0),
     ("tiny8/speech/8", "naive", "mixture", 3.5),
 ]

@@ -48,7 +48,7 @@ def assemble(shape: Sequence[int], like: Tensor, pieces: Iterable[tuple[slice, T
     out, stop = None, 0
     for rows, piece in pieces:
         if piece.shape[0] == shape[0]:
-            return piece
+            return piece.contiguous()
         if out is None:
             out = like.new_empty(shape)
         out[rows] = piece

@@ -109,6 +109,7 @@ def test_other_lengths_and_another_routing_compile_nothing():
     base, waves, frames = inputs()
     mixture(base, waves, frames)
     compiled = _compiled_kernels()
+    assert compiled
     other = deepcopy(mixture)
     other.router.dependent.weight.neg_()
     shorter = [wave[: len(wave) * 2 // 3] for wave in waves if len(wave) > 800]
