@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from io import BytesIO
 from numbers import Real
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -55,14 +56,16 @@ def load_audio(path: str | os.PathLike[str]) -> Tensor:
         raise AudioError(f"{path}: expected an audio file, got {'a directory' if path.is_dir() else 'a special file'}")
     try:
         with path.open("rb") as stream:
-            samples, rate = _read(soundfile, path, stream)
+            return _waveform(path, *_read(soundfile, path, path, stream))
     except OSError as error:
         raise AudioError(f"{path}: cannot be read ({error.strerror})") from error
-    if not len(samples):
-        raise AudioError(f"{path}: holds no samples")
-    if not np.isfinite(samples).all():
-        raise AudioError(f"{path}: holds NaN or infinite samples")
-    return torch.from_numpy(_resampled(samples.mean(axis=1), rate))
+
+
+def decode_audio(data: bytes, name: str = "audio") -> Tensor:
+    """The same for the bytes of such a file. name: what errors call it."""
+    import soundfile
+
+    return _waveform(name, *_read(soundfile, name, BytesIO(data), BytesIO(data)))
 
 
 def as_waveform(audio: Any, sampling_rate: float = SAMPLING_RATE, name: str = "audio") -> Tensor:
@@ -216,12 +219,24 @@ def _resampled(wave: np.ndarray, rate: float) -> np.ndarray:
     return soxr.resample(wave, rate, SAMPLING_RATE, quality="HQ")
 
 
-def _read(soundfile: Any, path: Path, stream: BinaryIO) -> tuple[np.ndarray, int]:
-    """A file's samples [T, channels] float32 and its rate; `AudioError` if they are not all there."""
+def _waveform(path: Path | str, samples: np.ndarray, rate: int) -> Tensor:
+    """[T, channels] float32 of any rate -> [T'] at 16 kHz."""
+    if not len(samples):
+        raise AudioError(f"{path}: holds no samples")
+    if not np.isfinite(samples).all():
+        raise AudioError(f"{path}: holds NaN or infinite samples")
+    return torch.from_numpy(_resampled(samples.mean(axis=1), rate))
+
+
+def _read(soundfile: Any, path: Path | str, source: Path | BinaryIO, stream: BinaryIO) -> tuple[np.ndarray, int]:
+    """A file's samples [T, channels] float32 and its rate; `AudioError` if they are not all there.
+
+    source: what soundfile decodes. stream: the same bytes, to look at.
+    """
     if not stream.seek(0, os.SEEK_END):
         raise AudioError(f"{path}: an empty file")
     try:
-        file = soundfile.SoundFile(path)
+        file = soundfile.SoundFile(source)
     except (RuntimeError, TypeError) as error:  # TypeError: headerless .raw, of which nothing is known
         raise AudioError(f"{path}: not audio that can be decoded (wav, flac, ogg, mp3), or damaged") from error
     with file:

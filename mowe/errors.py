@@ -20,6 +20,10 @@ class CheckpointError(MoweError):
     """A checkpoint whose files, keys or shapes are not what the model needs."""
 
 
+class DataError(MoweError):
+    """A manifest of clips, or lines of one, that cannot be used."""
+
+
 @contextmanager
 def naming(subject: str) -> Iterator[None]:
     """Errors of `mowe` raised inside begin with what they are about."""

@@ -21,7 +21,8 @@ LEVELS = (
     ("mowe.pool", "mowe.router", "mowe.projector"),
     ("mowe.mixture",),
     ("mowe.modeling_mowe", "mowe.processing_mowe"),
-    ("mowe.attach", "mowe.training"),
+    ("mowe.attach", "mowe.data"),
+    ("mowe.training", "mowe.evaluation"),
     ("mowe.cli",),
 )
 # Who must not import whom, besides.
