@@ -152,6 +152,26 @@ def _quantize(
     run(model, out, clip or [], part or ["language_model", "audio_tower", "pool"], double_quant, screen)
 
 
+@app.command("train")
+def _train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="FIELD=VALUE", help="fields to set, as data.batch_frames=4000", show_default=False),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint")] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="go on without lines of manifests that cannot be used, and count them")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Train a model on manifests of clips, prompts and answers."""
+    screen = _new_screen(json)
+    with screen.step("starting"):
+        from mowe.cli.train import run
+    run(config, [*(overrides or []), *(["data.skip_bad=true"] if skip_bad else [])], resume, screen)
+
+
 @app.command("info")
 def _info(model: Model = None, json: Json = False) -> None:
     """Show the parts of a model, their sizes, and what it would run on. No weights are loaded."""

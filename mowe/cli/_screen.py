@@ -51,6 +51,30 @@ class Screen:
         with Progress(*columns, console=self._err, transient=True, disable=self._quiet) as progress:
             yield from progress.track(items, description=text)
 
+    def counter(self, text: str, total: int) -> Counter:
+        """Show how far something is that tells of itself now and then."""
+        return Counter(self, text, total)
+
+
+class Counter:
+    """A bar on a terminal, a line each time elsewhere, nothing where the result is JSON."""
+
+    def __init__(self, screen: Screen, text: str, total: int):
+        self._screen, self._text, self._total = screen, text, total
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}")
+        self._bar = Progress(*columns, console=screen._err, disable=screen._quiet)
+        self._task = self._bar.add_task(text, total=total, told="")
+        self._bar.start()
+
+    def update(self, done: int, told: str = "") -> None:
+        """told: news; without any, only the count goes on."""
+        self._bar.update(self._task, completed=done, **({"told": told} if told else {}))
+        if told and self._screen._quiet and not self._screen.as_json:
+            self._screen._err.print(f"{self._text} {done}/{self._total}  {printable(told)}", soft_wrap=True)
+
+    def close(self) -> None:
+        self._bar.stop()
+
 
 def model_heading(folder: Path | None) -> Text:
     """Which model gave a result; the demo model's say that they mean nothing."""

@@ -1,0 +1,370 @@
+"""What a training run is: read from YAML, overridden from the command line, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from mowe.errors import ConfigError
+
+
+@dataclass
+class PartsConfig:
+    """A model built from parts, as `MoweForConditionalGeneration.from_parts` takes them: folders or hub ids.
+
+    tokenizer: the language model's own by default. settings: other fields of MoweConfig.
+    """
+
+    audio_tower: str
+    pool: list[str]
+    language_model: str
+    tokenizer: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class ManifestConfig:
+    """manifest: a JSONL file or a folder of `datasets`. weight: how often an epoch has each of its examples."""
+
+    manifest: str
+    weight: float = 1.0
+
+    def check(self) -> None:
+        _positive(self, "weight")
+
+
+@dataclass
+class DataConfig:
+    """train, validation: manifests. tasks: the ones that may occur, any by default. task_weights: how often an epoch
+    has each example of a task, times the weight of its manifest; 1 by default, and a random half for 0.5.
+
+    batch_frames: the most frames of the base encoder (50 a second, 1500 a window in context "window") that a batch of
+    one process holds. batch_clips: the most clips. workers: processes that decode audio. skip_bad: go on without the
+    lines that cannot be used.
+    """
+
+    train: list[ManifestConfig]
+    validation: list[str] = field(default_factory=list)
+    tasks: list[str] | None = None
+    task_weights: dict[str, float] = field(default_factory=dict)
+    batch_frames: int = 8000
+    batch_clips: int | None = None
+    workers: int = 2
+    skip_bad: bool = False
+
+    def check(self) -> None:
+        if not self.train:
+            raise ConfigError("train: expected at least one manifest, got none")
+        _positive(self, "batch_frames", "batch_clips")
+        _not_negative(self, "workers")
+        for task, weight in self.task_weights.items():
+            if self.tasks is not None and task not in self.tasks:
+                raise ConfigError(f"task_weights: {task!r} is not among tasks{_suggest(task, self.tasks)}")
+            if not weight >= 0:
+                raise ConfigError(f"task_weights.{task}: must not be negative, got {weight}")
+
+
+@dataclass
+class TrainableConfig:
+    """Which parts learn. pool: all of its encoders, or one entry for each. language_model: "lora" trains adapters on
+    its linear layers, which are merged into them at the end.
+    """
+
+    audio_tower: bool = False
+    pool: bool | list[bool] = False
+    routers: bool = True
+    projector: bool = True
+    language_model: Literal["none", "lora", "full"] = "none"
+
+    def check(self) -> None:
+        pool = self.pool if isinstance(self.pool, bool) else any(self.pool)
+        if not (self.audio_tower or pool or self.routers or self.projector or self.language_model != "none"):
+            raise ConfigError("projector: nothing is trainable, neither this nor another part")
+
+
+@dataclass
+class LoraConfig:
+    """The adapters on the language model: rank, alpha (scaled by alpha / rank) and dropout."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+
+    def check(self) -> None:
+        _positive(self, "rank", "alpha")
+        _share(self, "dropout")
+
+
+@dataclass
+class SpecAugmentConfig:
+    """Stripes of the base encoder's log-mel input that are blanked, anew for every clip; the pool hears everything.
+
+    A stripe is up to `time_frames` frames of 10 ms (but no more than a fifth of the clip) or `mel_bins` bins wide.
+    """
+
+    time_stripes: int = 2
+    time_frames: int = 40
+    mel_stripes: int = 2
+    mel_bins: int = 10
+
+    def check(self) -> None:
+        _not_negative(self, *(f.name for f in dataclasses.fields(self)))
+
+
+@dataclass
+class StageConfig:
+    """One stretch of training, with an optimiser and a schedule of its own.
+
+    steps or epochs: how long. warmup: share of the steps in which the rate rises. schedule: how it falls afterwards.
+    trainable: for this stage, instead of the run's.
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    learning_rate: float = 1e-4
+    warmup: float = 0.05
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    trainable: TrainableConfig | None = None
+
+    def check(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise ConfigError("steps: expected either this or epochs")
+        _positive(self, "steps", "epochs", "learning_rate")
+        _share(self, "warmup")
+
+
+@dataclass
+class TrainConfig:
+    """A training run. model: the folder of a saved model, or its parts. output: where everything goes.
+
+    accumulate: batches whose gradients make a step, in each process. bf16: what is frozen is stored in bfloat16, and
+    computed in it; what is trained stays in float32 and is computed in bfloat16. log_every, save_every, evaluate_every:
+    steps; evaluation and saving also happen at the end of a stage. keep: checkpoints of a stage, the latest ones.
+    fsdp: shard parameters, gradients and optimiser over the processes (FSDP2) instead of repeating them (DDP).
+    trainer: further fields of transformers' TrainingArguments.
+    """
+
+    model: str | PartsConfig
+    output: str
+    data: DataConfig
+    stages: list[StageConfig]
+    seed: int = 0
+    trainable: TrainableConfig = field(default_factory=TrainableConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    spec_augment: SpecAugmentConfig | None = None
+    accumulate: int = 1
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    log_every: int = 10
+    save_every: int = 500
+    evaluate_every: int = 500
+    keep: int = 2
+    tensorboard: bool = False
+    fsdp: bool = False
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+    def check(self) -> None:
+        if not self.stages:
+            raise ConfigError("stages: expected at least one, got none")
+        _positive(self, "accumulate", "log_every", "save_every", "evaluate_every", "keep")
+        _not_negative(self, "seed", "weight_decay", "max_grad_norm")
+        if self.fsdp and any(isinstance(self.trainable_in(i).pool, list) for i in range(len(self.stages))):
+            raise ConfigError(
+                "fsdp: the encoders of the pool are sharded together, trainable.pool must be true or false"
+            )
+        known = _trainer_fields()
+        for name in self.trainer:
+            if name in _OURS:
+                raise ConfigError(f"trainer.{name}: is set by {_OURS[name]}")
+            if name not in known:
+                raise ConfigError(f"trainer.{name}: no field of TrainingArguments{_suggest(name, known)}")
+
+    def trainable_in(self, stage: int) -> TrainableConfig:
+        return self.stages[stage].trainable or self.trainable
+
+
+_OURS = {
+    "output_dir": "output", "max_steps": "stages", "num_train_epochs": "stages", "learning_rate": "stages",
+    "warmup_steps": "stages", "lr_scheduler_type": "stages", "seed": "seed", "bf16": "bf16", "fp16": "bf16",
+    "gradient_accumulation_steps": "accumulate", "per_device_train_batch_size": "data.batch_frames",
+    "per_device_eval_batch_size": "data.batch_frames", "gradient_checkpointing": "gradient_checkpointing",
+    "weight_decay": "weight_decay", "max_grad_norm": "max_grad_norm", "logging_steps": "log_every",
+    "save_steps": "save_every", "save_strategy": "save_every", "save_total_limit": "keep",
+    "eval_steps": "evaluate_every", "eval_strategy": "evaluate_every", "report_to": "tensorboard", "fsdp": "fsdp",
+    "dataloader_num_workers": "data.workers", "load_best_model_at_end": "keep", "push_to_hub": "output",
+}  # fmt: skip
+"""Fields of TrainingArguments that have a place of their own here."""
+
+
+def read_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainConfig:
+    """The run that a YAML file describes. overrides: "data.batch_frames=4000", "stages.0.learning_rate=1e-3".
+
+    Raises ConfigError, naming the file and the field.
+    """
+    import yaml
+
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected fields and values, got {type(data).__name__}")
+    for override in overrides:
+        _override(data, override)
+    try:
+        return as_config(TrainConfig, data)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def as_config(kind: Any, value: Any, name: str = "") -> Any:
+    """The value as a dataclass, or as any type that fields have. Raises ConfigError, naming the field."""
+    if dataclasses.is_dataclass(kind):
+        return _as_dataclass(kind, value, name)
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return _as_one_of(inner, value, name)
+    if origin is Literal:
+        if value not in inner:
+            raise ConfigError(f"{name}: must be {' or '.join(map(repr, inner))}, got {value!r}{_suggest(value, inner)}")
+        return value
+    if origin is list and isinstance(value, list):
+        return [as_config(inner[0], item, f"{name}.{i}") for i, item in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {str(key): as_config(inner[1], item, f"{name}.{key}") for key, item in value.items()}
+    if kind is Any or (kind in (bool, str) and isinstance(value, kind)):
+        return value
+    if kind in (int, float):
+        number = _as_number(kind, value)
+        if number is not None:
+            return number
+    raise ConfigError(f"{name}: expected {_said(kind)}, got {value!r}")
+
+
+def _as_dataclass(kind: Any, value: Any, name: str) -> Any:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{name}: expected fields and values, got {value!r}")
+    at = f"{name}." if name else ""
+    hints = get_type_hints(kind)
+    for key in value:
+        if key not in hints:
+            raise ConfigError(f"{at}{key}: unknown field{_suggest(key, hints)}")
+    for f in dataclasses.fields(kind):
+        if f.default is MISSING and f.default_factory is MISSING and f.name not in value:
+            raise ConfigError(f"{at}{f.name}: missing")
+    config = kind(**{key: as_config(hints[key], item, f"{at}{key}") for key, item in value.items()})
+    if hasattr(config, "check"):
+        try:
+            config.check()
+        except ConfigError as error:
+            raise ConfigError(f"{at}{error}") from None
+    return config
+
+
+def _as_one_of(kinds: Sequence[Any], value: Any, name: str) -> Any:
+    if value is None and NoneType in kinds:
+        return None
+    if isinstance(value, dict):  # told apart by shape, so that what is wrong inside is named
+        kinds = [kind for kind in kinds if dataclasses.is_dataclass(kind)] or kinds
+    elif isinstance(value, list):
+        kinds = [kind for kind in kinds if get_origin(kind) is list] or kinds
+    kinds = [kind for kind in kinds if kind is not NoneType]
+    if len(kinds) == 1:
+        return as_config(kinds[0], value, name)
+    for kind in kinds:
+        try:
+            return as_config(kind, value, name)
+        except ConfigError:
+            continue
+    raise ConfigError(f"{name}: expected {' or '.join(map(_said, kinds))}, got {value!r}")
+
+
+def _as_number(kind: type, value: Any) -> Any:
+    """YAML takes 1e-3 for a text."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return kind(value) if kind is float or float(value).is_integer() else None
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    import yaml
+
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"{override!r}: expected FIELD=VALUE, as data.batch_frames=4000")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    *parents, last = path.split(".")
+    place: Any = data
+    for key in parents:
+        if isinstance(place, dict) and place.get(key) is None:
+            place[key] = {}
+        place = place[_key(place, key, override)]
+    place[_key(place, last, override)] = value
+
+
+def _key(place: Any, key: str, override: str) -> str | int:
+    if isinstance(place, dict):
+        return key
+    if not isinstance(place, list):
+        raise ConfigError(f"{override!r}: there is nothing inside of {place!r}")
+    if not key.isdigit() or int(key) >= len(place):
+        raise ConfigError(f"{override!r}: no entry {key} in a list of {len(place)}")
+    return int(key)
+
+
+def _suggest(name: Any, known: Any) -> str:
+    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(map(str, known))}"
+
+
+def _said(kind: Any) -> str:
+    if dataclasses.is_dataclass(kind):
+        return "fields and values"
+    origin = get_origin(kind)
+    named = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list"}
+    return named.get(origin or kind, "fields and values")
+
+
+def _positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise ConfigError(f"{name}: must be positive, got {value}")
+
+
+def _not_negative(config: Any, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(config, name) < float("inf"):
+            raise ConfigError(f"{name}: must not be negative, got {getattr(config, name)}")
+
+
+def _share(config: Any, name: str) -> None:
+    if not 0 <= getattr(config, name) < 1:
+        raise ConfigError(f"{name}: must lie in 0..1, 1 excluded, got {getattr(config, name)}")
+
+
+@cache
+def _trainer_fields() -> tuple[str, ...]:
+    from transformers import TrainingArguments
+
+    return tuple(f.name for f in dataclasses.fields(TrainingArguments))

@@ -1,0 +1,59 @@
+"""What a run leaves behind besides its model: log.jsonl, routing.jsonl and a picture of the routing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from mowe.training.routing import KINDS, RoutingMeter
+
+
+class RunLog(TrainerCallback):
+    """Writes an entry a line as training goes; what a resumed run does again is written again.
+
+    folder: of the run. stage: the number that every line begins with.
+    """
+
+    def __init__(self, folder: Path, stage: int, meter: RoutingMeter):
+        self.folder, self.stage, self.meter = folder, stage, meter
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            for name in ("log.jsonl", "routing.jsonl"):
+                kept = [
+                    line
+                    for line in read_lines(self.folder / name)
+                    if (line["stage"], line["step"]) <= (self.stage, state.global_step)
+                ]
+                (self.folder / name).write_text("".join(map(_as_line, kept)), encoding="utf-8")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        at = {"stage": self.stage, "step": state.global_step}
+        self._append("log.jsonl", {**at, **logs})
+        if "loss" in logs:
+            routes = {
+                task: {kind: counts for kind, counts in zip(KINDS, of_task, strict=True) if any(counts)}
+                for task, of_task in zip(self.meter.tasks, self.meter.counts, strict=True)
+            }
+            self._append("routing.jsonl", {**at, "windows": routes})
+
+    def _append(self, name: str, entry: dict[str, Any]) -> None:
+        with (self.folder / name).open("a", encoding="utf-8") as file:
+            file.write(_as_line(entry))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The entries of a log; none where there is no file. A last line that a kill cut off is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+def _as_line(entry: dict[str, Any]) -> str:
+    return json.dumps(entry) + "\n"

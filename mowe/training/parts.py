@@ -1,0 +1,84 @@
+"""Which parameters learn, and which are kept still."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mowe.errors import ConfigError
+from mowe.modeling_mowe import MoweForConditionalGeneration
+from mowe.training.config import LoraConfig, TrainableConfig
+
+
+class Parts:
+    """Chooses what learns, stage by stage.
+
+    lora: adapters to put into the language model. names: of the parameters that learn now. frozen: the encoder
+    families that do not.
+    """
+
+    def __init__(self, model: MoweForConditionalGeneration, lora: LoraConfig | None = None):
+        self.model = model
+        self.names: list[str] = []
+        self.frozen: list[nn.Module] = []
+        self._learnable = {parameter for parameter in model.parameters() if parameter.requires_grad}
+        self._held: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._adapted = None
+        if lora is not None:
+            import peft
+
+            settings = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
+            self._adapted = peft.get_peft_model(model, model.lora_config(**settings))
+
+    def choose(self, config: TrainableConfig) -> None:
+        """Let these parts learn and no others. Raises ConfigError where they do not fit the model."""
+        mixture = self.model.model.mixture
+        pool = mixture.pool
+        wanted = [config.pool] * pool.num_encoders if isinstance(config.pool, bool) else config.pool
+        if len(wanted) != pool.num_encoders:
+            raise ConfigError(f"trainable.pool: {len(wanted)} entries, but the pool has {pool.num_encoders} encoders")
+        self.model.requires_grad_(False)
+        for hook in self._hooks:
+            hook.remove()
+        self._held, self._hooks = [], []
+        self._let_learn(self.model.audio_tower, config.audio_tower)
+        self._let_learn(mixture.router, config.routers)
+        self._let_learn(mixture.multi_modal_projector, config.projector)
+        self._let_learn(self.model.language_model, config.language_model == "full")
+        for name, parameter in self.model.language_model.named_parameters():
+            if "lora_" in name:
+                parameter.requires_grad = config.language_model == "lora"
+        for family, members in zip(pool.families, pool.members, strict=True):
+            learning = [wanted[index] for index in members]
+            self._let_learn(family, any(learning))
+            if any(learning) and not all(learning):
+                self._hold(family, learning)
+        self.names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        families = (self.model.audio_tower, *pool.families)
+        self.frozen = [f for f in families if not any(parameter.requires_grad for parameter in f.parameters())]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Undo what a step of the optimiser (its weight decay) did to encoders that share a stack but do not learn."""
+        for parameter, still, values in self._held:
+            parameter[still] = values
+
+    def merge(self) -> MoweForConditionalGeneration:
+        """The model with its adapters folded into the language model."""
+        return self.model if self._adapted is None else self._adapted.merge_and_unload()
+
+    def _let_learn(self, module: nn.Module, learns: bool) -> None:
+        for parameter in module.parameters():
+            parameter.requires_grad = learns and parameter in self._learnable
+
+    def _hold(self, family: nn.Module, learning: Sequence[bool]) -> None:
+        """Some encoders of a stack learn and others do not, whose gradient is zero from the start."""
+        for parameter in family.parameters():
+            if parameter.requires_grad:
+                learns = torch.tensor(learning, device=parameter.device)
+                self._held.append((parameter, ~learns, parameter.detach()[~learns].clone()))
+                mask = learns.view(-1, *[1] * (parameter.dim() - 1))
+                self._hooks.append(parameter.register_hook(lambda gradient, mask=mask: gradient * mask))

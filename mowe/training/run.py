@@ -1,0 +1,298 @@
+"""A training run from its configuration to the saved model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from safetensors.torch import load_file
+from transformers import (
+    AutoTokenizer,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from mowe.data import Example, Manifest, read_manifest
+from mowe.errors import ConfigError
+from mowe.modeling_mowe import MoweForConditionalGeneration
+from mowe.processing_mowe import MoweFeatureExtractor, MoweProcessor
+from mowe.training.config import TrainConfig
+from mowe.training.data import Collator, FrameBatches, base_frames
+from mowe.training.log import RunLog
+from mowe.training.parts import Parts
+from mowe.training.routing import RoutingMeter
+from mowe.training.saving import whole
+from mowe.training.trainer import MoweTrainer
+
+Track = Callable[[Sequence[Any], str], Iterable[Any]]
+_FREE_TO_CHANGE = ("log_every", "save_every", "evaluate_every", "keep", "tensorboard", "output")
+"""What a resumed run may have otherwise than the run before."""
+_CONFIG = "config.json"
+_AUDIO_TOKEN = "<|audio|>"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """model: the folder of the trained model. stages: the last log entries of each, training and validation.
+    skipped: lines of manifests that could not be used.
+    """
+
+    model: Path
+    stages: list[dict[str, float]]
+    skipped: list[str]
+
+
+def train(
+    config: TrainConfig,
+    resume: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    track: Track = lambda items, text: items,
+) -> TrainResult:
+    """Train, and save the model under `output`/model.
+
+    resume: go on from the last checkpoint under `output`. callbacks: told of every step, as in transformers. track:
+    wraps a list while it is worked through, for a progress bar.
+    Raises MoweError for a configuration, model or manifest that cannot be used, before anything is trained.
+    """
+    return _Run(config, resume, callbacks, track).train()
+
+
+class _Run:
+    def __init__(self, config: TrainConfig, resume: bool, callbacks: Sequence[TrainerCallback], track: Track):
+        self.config, self.resume, self.callbacks = config, resume, callbacks
+        self.output = Path(config.output)
+        self.world = PartialState(**_device_settings())
+        _check_output(config, resume)
+        manifests = [_read(source.manifest, config, track) for source in config.data.train]
+        validation = [_read(path, config, track) for path in config.data.validation]
+        self.skipped = [f"{m.path}: {told}" for m in (*manifests, *validation) for told in m.skipped]
+        self.examples = [example for manifest in manifests for example in manifest]
+        self.validation = _by_task(example for manifest in validation for example in manifest)
+        self.tasks = sorted({example.task for example in self.examples} | self.validation.keys())
+        unknown = sorted(config.data.task_weights.keys() - set(self.tasks))
+        if unknown:
+            raise ConfigError(f"data.task_weights: no example is of the task {', '.join(unknown)}")
+        self.weights = [
+            source.weight * config.data.task_weights.get(example.task, 1.0)
+            for source, manifest in zip(config.data.train, manifests, strict=True)
+            for example in manifest
+        ]
+        self._load()
+        self.world.wait_for_everyone()  # every process has seen what was there before one of them writes
+
+    def train(self) -> TrainResult:
+        stages = []
+        start, checkpoint = self._place_to_resume() if self.resume else (0, None)
+        for number in range(start, len(self.config.stages)):
+            entries = self._train_stage(number, checkpoint)
+            stages.append(entries)
+            checkpoint = None
+        model = self.output / "model"
+        if self.world.is_main_process:
+            self._save(model)
+        self.world.wait_for_everyone()
+        return TrainResult(model, stages, self.skipped)
+
+    def _load(self) -> None:
+        """The model that training begins with."""
+        self.model, self.processor = load(self.config)
+        stages = range(len(self.config.stages))
+        lora = any(self.config.trainable_in(stage).language_model == "lora" for stage in stages)
+        self.parts = Parts(self.model, self.config.lora if lora else None)
+
+    def _train_stage(self, number: int, checkpoint: str | None) -> dict[str, float]:
+        saved: list[str] = []
+        for earlier in range(number + 1):
+            self.parts.choose(self.config.trainable_in(earlier))
+            saved += [name for name in self.parts.names if name not in saved]
+        meter = RoutingMeter(self.model, self.tasks)
+        arguments, batches = self._arguments(number)
+        clips = self.config.data.batch_clips
+        trainer = MoweTrainer(
+            model=self.model,
+            args=arguments,
+            train_dataset=self.examples,
+            eval_dataset=self.validation or None,
+            data_collator=Collator(self.processor, self.tasks),
+            processing_class=self.processor,
+            callbacks=[*self.callbacks, RunLog(self.output, number, meter)],
+            batches=batches,
+            eval_batches={
+                task: FrameBatches(self._frames(examples), self.config.data.batch_frames, batch_clips=clips)
+                for task, examples in self.validation.items()
+            },
+            parts=self.parts,
+            saved=saved,
+            meter=meter,
+        )
+        for callback in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)
+        if self.world.is_main_process:
+            _write_config(self.config)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        meter.remove()
+        return _last_entries(trainer.state.log_history)
+
+    def _arguments(self, number: int) -> tuple[TrainingArguments, FrameBatches]:
+        config, stage = self.config, self.config.stages[number]
+        per_step = config.accumulate * self.world.num_processes
+        settings = {
+            "batch_frames": config.data.batch_frames,
+            "batch_clips": config.data.batch_clips,
+            "weights": self.weights,
+            "seed": config.seed + number,
+        }
+        frames = self._frames(self.examples)
+        steps = stage.steps
+        if steps is None:
+            steps = max(1, round(FrameBatches(frames, **settings).batches_in(stage.epochs) / per_step))
+        batches = FrameBatches(frames, **settings, num_batches=steps * per_step)
+        arguments = TrainingArguments(
+            output_dir=str(self._folder(number)),
+            max_steps=steps,
+            learning_rate=stage.learning_rate,
+            warmup_steps=stage.warmup,
+            lr_scheduler_type="constant_with_warmup" if stage.schedule == "constant" else stage.schedule,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            gradient_accumulation_steps=config.accumulate,
+            gradient_checkpointing=config.gradient_checkpointing,
+            bf16=config.bf16,
+            seed=config.seed,
+            logging_steps=config.log_every,
+            save_strategy="steps",
+            save_steps=config.save_every,
+            save_total_limit=config.keep,
+            eval_strategy="steps" if self.validation else "no",
+            eval_steps=config.evaluate_every,
+            prediction_loss_only=True,
+            remove_unused_columns=False,
+            dataloader_num_workers=config.data.workers,
+            accelerator_config={"even_batches": False},
+            report_to=["tensorboard"] if config.tensorboard else "none",
+            disable_tqdm=True,
+            **_parallel_settings(config),
+            **config.trainer,
+        )
+        return arguments, batches
+
+    def _frames(self, examples: Sequence[Example]) -> list[int]:
+        return [base_frames(self.model, example.samples) for example in examples]
+
+    def _folder(self, stage: int) -> Path:
+        return self.output / f"stage-{stage}"
+
+    def _place_to_resume(self) -> tuple[int, str | None]:
+        """The stage to go on with, and the checkpoint to go on from, if it has begun."""
+        for number in reversed(range(len(self.config.stages))):
+            checkpoint = get_last_checkpoint(self._folder(number)) if self._folder(number).is_dir() else None
+            if checkpoint is not None:
+                state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+                if state.global_step < state.max_steps:
+                    return number, checkpoint
+                self._load_trained(checkpoint)
+                return number + 1, None
+        return 0, None
+
+    def _load_trained(self, checkpoint: str) -> None:
+        self.model.load_state_dict(load_file(Path(checkpoint, SAFE_WEIGHTS_NAME)), strict=False)
+
+    def _save(self, folder: Path) -> None:
+        """The model that training began with, and in it what the last checkpoint holds."""
+        self._load()
+        self._load_trained(get_last_checkpoint(self._folder(len(self.config.stages) - 1)))
+        model = self.parts.merge()
+        with whole(folder) as unfinished:
+            model.save_pretrained(unfinished)
+            self.processor.save_pretrained(unfinished)
+
+
+def load(config: TrainConfig) -> tuple[MoweForConditionalGeneration, MoweProcessor]:
+    """The model that a run begins with, the same at every call, and its processor."""
+    set_seed(config.seed)
+    if isinstance(config.model, str):
+        return (
+            MoweForConditionalGeneration.from_pretrained(config.model, dtype="float32"),
+            MoweProcessor.from_pretrained(config.model),
+        )
+    parts = config.model
+    tokenizer = AutoTokenizer.from_pretrained(parts.tokenizer or parts.language_model)
+    tokenizer.add_special_tokens({"additional_special_tokens": [_AUDIO_TOKEN]}, replace_extra_special_tokens=False)
+    model = MoweForConditionalGeneration.from_parts(
+        parts.audio_tower,
+        parts.pool,
+        parts.language_model,
+        audio_token_id=tokenizer.convert_tokens_to_ids(_AUDIO_TOKEN),
+        **parts.settings,
+    )
+    return model, MoweProcessor(MoweFeatureExtractor.from_config(model.config), tokenizer, audio_token=_AUDIO_TOKEN)
+
+
+def _device_settings() -> dict[str, Any]:
+    return {} if torch.cuda.is_available() else {"cpu": True}
+
+
+def _parallel_settings(config: TrainConfig) -> dict[str, Any]:
+    settings: dict[str, Any] = {} if torch.cuda.is_available() else {"use_cpu": True}
+    return {**settings, "ddp_find_unused_parameters": False}
+
+
+def _read(path: str, config: TrainConfig, track: Track) -> Manifest:
+    return read_manifest(
+        path, config.data.tasks, config.data.skip_bad, lambda jobs: track(jobs, f"checking {Path(path).name}")
+    )
+
+
+def _by_task(examples: Iterable[Example]) -> dict[str, list[Example]]:
+    found: dict[str, list[Example]] = {}
+    for example in examples:
+        found.setdefault(example.task, []).append(example)
+    return found
+
+
+def _check_output(config: TrainConfig, resume: bool) -> None:
+    """Raise ConfigError where this run would mix with another one."""
+    output = Path(config.output)
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"output: {output} is not a folder")
+    stored = output / _CONFIG
+    if not resume:
+        if output.is_dir() and any(output.iterdir()):
+            raise ConfigError(f"output: {output} is not empty; go on with --resume or choose another folder")
+    elif stored.exists():
+        before, now = json.loads(stored.read_text(encoding="utf-8")), _flat(asdict(config))
+        for name in sorted(before.keys() | now.keys()):
+            if before.get(name) != now.get(name) and name not in _FREE_TO_CHANGE:
+                was, is_now = before.get(name), now.get(name)
+                raise ConfigError(f"{name}: {output} was begun with {was!r}, it cannot go on with {is_now!r}")
+
+
+def _write_config(config: TrainConfig) -> None:
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / _CONFIG).write_text(json.dumps(_flat(asdict(config)), indent=2) + "\n", encoding="utf-8")
+
+
+def _flat(data: Any, name: str = "") -> dict[str, Any]:
+    """{"data.batch_frames": 8000, ...}"""
+    if not isinstance(data, dict | list) or not data:
+        return {name: data}
+    items = data.items() if isinstance(data, dict) else enumerate(data)
+    at = f"{name}." if name else ""
+    return {key: value for k, item in items for key, value in _flat(item, f"{at}{k}").items()}
+
+
+def _last_entries(history: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The last value of everything that was logged."""
+    return {key: value for entry in history for key, value in entry.items()}

@@ -1,0 +1,84 @@
+"""`mowe train` from a file to an answering model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.mowe.cli.conftest import Run
+from tests.mowe.training.tones import make_tones
+
+
+@pytest.fixture(scope="module")
+def tones(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tones(tmp_path_factory.mktemp("tones"))
+
+
+@pytest.fixture(scope="module")
+def config(tones: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("run") / "run.yaml"
+    path.write_text(
+        f"""
+model: {tones}/model
+output: {path.parent}/out
+data:
+  train: [{{manifest: {tones}/train.jsonl}}]
+  validation: [{tones}/valid.jsonl]
+  batch_frames: 60
+  workers: 1
+trainable: {{pool: true, language_model: full}}
+stages:
+  - {{steps: 2, learning_rate: 1e-2, trainable: {{projector: true}}}}
+  - {{epochs: 4, learning_rate: 1e-2}}
+log_every: 1
+"""
+    )
+    return path
+
+
+def test_trains_and_the_model_answers(run: Run, config: Path, tones: Path) -> None:
+    done = run("train", config, "--json")
+    assert done.exit_code == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["stages"][0]["step"] == 2 and said["skipped"] == 0
+    entries = [json.loads(line) for line in (config.parent / "out" / "log.jsonl").read_text().splitlines()]
+    losses = [entry["loss"] for entry in entries if "loss" in entry]
+    assert len(losses) > 10 and losses[-1] < 0.5 * losses[0]
+    assert {"eval_any_loss", "eval_low_loss", "eval_high_loss"} <= said["stages"][1].keys()
+    answer = run("generate", tones / "valid0.wav", "--prompt", "?", "--model", said["model"], "--json")
+    assert json.loads(answer.stdout)["clips"][0]["text"]
+
+
+def test_a_run_is_not_begun_over_another_one(run: Run, config: Path, tones: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    done = run("train", config, f"output={tmp_path}")
+    assert done.exit_code == 2
+    assert done.stderr == f"error: output: {tmp_path} is not empty; go on with --resume or choose another folder\n"
+
+
+def test_bad_lines_end_a_run_before_it_begins_or_are_counted(
+    run: Run,
+    config: Path,
+    tones: Path,
+    tmp_path: Path,
+) -> None:
+    good = (tones / "train.jsonl").read_text().replace('"train', f'"{tones}/train')
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(good + '{"audio": "none.wav", "task": "any", "prompt": "?", "answer": "x"}\n')
+    arguments = (
+        "train", config, f"data.train.0.manifest={bad}", f"output={tmp_path / 'out'}", "stages=[{steps: 1}]",
+        "data.workers=0",
+    )  # fmt: skip
+    failed = run(*arguments)
+    assert failed.exit_code == 2 and not (tmp_path / "out").exists()
+    assert failed.stderr.startswith(f"error: {bad}: 1 bad of 13 lines: line 13: ") and "no such file" in failed.stderr
+    done = run(*arguments, "--skip-bad")
+    assert done.exit_code == 0 and "1 lines of manifests were left out" in done.stderr
+
+
+def test_bad_configurations_end_with_one_line(run: Run, config: Path) -> None:
+    done = run("train", config, "data.batch_framse=3")
+    assert done.exit_code == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert "data.batch_framse: unknown field; did you mean batch_frames?" in done.stderr

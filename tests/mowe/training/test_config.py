@@ -1,0 +1,116 @@
+"""What is wrong with a configuration is told in one line that names the field."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mowe.errors import ConfigError
+from mowe.training import read_config
+from mowe.training.config import PartsConfig, StageConfig, TrainableConfig
+
+MINIMAL = """
+model: some/model
+output: runs/x
+data:
+  train:
+    - manifest: train.jsonl
+stages:
+  - {steps: 10, learning_rate: 1e-3}
+  - {epochs: 1.5, trainable: {pool: [true, false]}}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def fails(file: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        read_config(file, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value).removeprefix(f"{file}: ")
+
+
+def test_defaults_and_types(file: Path) -> None:
+    config = read_config(file)
+    assert config.stages[0] == StageConfig(steps=10, learning_rate=1e-3)
+    assert config.stages[1].epochs == 1.5 and config.data.train[0].weight == 1.0
+    assert config.trainable_in(0) == TrainableConfig()
+    assert config.trainable_in(1) == TrainableConfig(pool=[True, False])
+
+
+def test_every_field_can_be_overridden(file: Path) -> None:
+    config = read_config(
+        file,
+        [
+            "data.batch_frames=400",
+            "data.train.0.weight=2",
+            "stages.0.learning_rate=3e-4",
+            "stages.1.trainable.pool=true",
+            "trainable.language_model=lora",
+            "data.task_weights.asr=0.5",
+            "spec_augment.mel_stripes=1",
+            "trainer.optim=adafactor",
+            "model={audio_tower: a, pool: [b, c], language_model: d}",
+            "data.validation=[a.jsonl, b.jsonl]",
+        ],
+    )
+    assert config.data.batch_frames == 400 and config.data.train[0].weight == 2.0
+    assert config.stages[0].learning_rate == 3e-4 and config.stages[1].trainable == TrainableConfig(pool=True)
+    assert config.trainable.language_model == "lora" and config.data.task_weights == {"asr": 0.5}
+    assert config.spec_augment is not None and config.spec_augment.mel_stripes == 1
+    assert config.trainer == {"optim": "adafactor"} and config.data.validation == ["a.jsonl", "b.jsonl"]
+    assert config.model == PartsConfig("a", ["b", "c"], "d")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.batch_framse=1", "data.batch_framse: unknown field; did you mean batch_frames?"),
+        ("stages.0.learning_rate=fast", "stages.0.learning_rate: expected a number, got 'fast'"),
+        ("stages.0.steps=1.5", "stages.0.steps: expected a whole number, got 1.5"),
+        ("stages.0.steps=-2", "stages.0.steps: must be positive, got -2"),
+        ("stages.0.epochs=1", "stages.0.steps: expected either this or epochs"),
+        ("stages.0.schedule=cosin", "stages.0.schedule: must be 'linear' or 'cosine' or 'constant', got 'cosin'; did"),
+        ("stages.2.steps=1", "'stages.2.steps=1': no entry 2 in a list of 2"),
+        ("stages.0.steps.x=1", "'stages.0.steps.x=1': there is nothing inside of 10"),
+        ("stages=[]", "stages: expected at least one, got none"),
+        ("data.batch_frames=true", "data.batch_frames: expected a whole number, got True"),
+        ("data.batch_frames=0", "data.batch_frames: must be positive, got 0"),
+        ("data.train=a.jsonl", "data.train: expected a list, got 'a.jsonl'"),
+        ("data.train.0.weight=nan", "data.train.0.weight: must be positive, got nan"),
+        ("data.task_weights.asr=-1", "data.task_weights.asr: must not be negative, got -1.0"),
+        ("data=", "data: expected fields and values, got None"),
+        ("model=", "model: expected a text or fields and values, got None"),
+        ("model={audio_tower: a}", "model.pool: missing"),
+        ("trainable.pool=[1]", "trainable.pool.0: expected true or false, got 1"),
+        ("trainable={routers: false, projector: false}", "trainable.projector: nothing is trainable"),
+        ("lora.dropout=1", "lora.dropout: must lie in 0..1, 1 excluded, got 1.0"),
+        ("trainer.learning_rate=1", "trainer.learning_rate: is set by stages"),
+        ("trainer.optin=adafactor", "trainer.optin: no field of TrainingArguments; did you mean optim?"),
+        ("bf16=yes please", "bf16: expected true or false, got 'yes please'"),
+        ("lonely", "'lonely': expected FIELD=VALUE, as data.batch_frames=4000"),
+    ],
+)
+def test_bad_fields(file: Path, override: str, message: str) -> None:
+    assert fails(file, override).startswith(message)
+
+
+def test_fsdp_does_not_split_the_pool(file: Path) -> None:
+    assert fails(file, "fsdp=true").startswith("fsdp: the encoders of the pool are sharded together")
+    assert read_config(file, ["fsdp=true", "stages.1.trainable.pool=true"]).fsdp
+
+
+def test_files_that_cannot_be_read(file: Path, tmp_path: Path) -> None:
+    assert fails(tmp_path / "none.yaml").startswith("cannot be read (No such file or directory)")
+    file.write_text("a: [")
+    assert fails(file).startswith("not YAML: ")
+    file.write_text("just words")
+    assert fails(file) == "expected fields and values, got str"
+    file.write_text("model: a")
+    assert fails(file) == "output: missing"
