@@ -8,8 +8,8 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from io import BytesIO
+from itertools import accumulate
 from numbers import Real
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mowe.errors import AudioError
+from mowe_kernels.plan import device_lengths
 
 SAMPLING_RATE = 16_000
 """Hz. The rate of every waveform inside the library."""
@@ -119,10 +120,10 @@ class AudioBatch:
     samples: Tensor
     lengths: tuple[int, ...]
 
-    @cached_property
+    @property
     def starts(self) -> Tensor:
         """[clips] int32 on the device of `samples`: where each clip begins."""
-        return int32_on(self.samples.device, offsets(self.lengths))
+        return device_lengths(offsets(self.lengths), self.samples.device)
 
     @classmethod
     def from_waveforms(cls, waveforms: Sequence[Tensor], device: torch.device | str | None = None) -> AudioBatch:
@@ -142,24 +143,28 @@ class AudioBatch:
                 raise AudioError(f"clip {index}: expected at least {MIN_SAMPLES} samples (25 ms), got {len(wave)}")
         device = torch.device(device) if device is not None else waveforms[0].device
         lengths = tuple(len(wave) for wave in waveforms)
-        if device.type == "cuda" and all(wave.device.type == "cpu" for wave in waveforms):
-            pinned = torch.empty(sum(lengths), dtype=torch.float32, pin_memory=True)
-            torch.cat([wave.detach().float() for wave in waveforms], out=pinned)
-            return cls(pinned.to(device, non_blocking=True), lengths)
-        moved = [wave.detach().to(device, torch.float32, non_blocking=True) for wave in waveforms]
-        return cls(torch.cat(moved), lengths)
+        waves = [wave.detach() for wave in waveforms]
+        return cls(_lay_out(waves, device) if not torch.compiler.is_compiling() else _op(waves, device), lengths)
+
+
+def _lay_out(waves: list[Tensor], device: torch.device) -> Tensor:
+    """The clips end to end, float32 on `device`, without waiting for it."""
+    if device.type == "cuda" and all(wave.device.type == "cpu" for wave in waves):
+        pinned = torch.empty(sum(map(len, waves)), dtype=torch.float32, pin_memory=True)
+        torch.cat([wave.float() for wave in waves], out=pinned)
+        return pinned.to(device, non_blocking=True)
+    return torch.cat([wave.to(device, torch.float32, non_blocking=True) for wave in waves])
+
+
+_op = torch.library.custom_op(  # for torch.compile, which knows no pinned memory
+    "mowe::lay_out", _lay_out, mutates_args=(), schema="(Tensor[] waves, Device device) -> Tensor"
+)
+_op.register_fake(lambda waves, device: torch.empty(sum(w.shape[0] for w in waves), dtype=torch.float32, device=device))
 
 
 def offsets(lengths: Sequence[int]) -> list[int]:
     """Where each of consecutive pieces begins: the exclusive running sum of their lengths."""
-    return np.cumsum((0, *lengths))[:-1].tolist()
-
-
-def int32_on(device: torch.device, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
-    """Host integers as an int32 tensor on `device`, without waiting for it."""
-    if device.type != "cuda":
-        return torch.tensor(values, dtype=torch.int32, device=device)
-    return torch.tensor(values, dtype=torch.int32, pin_memory=True).to(device, non_blocking=True)
+    return list(accumulate(lengths[:-1], initial=0))
 
 
 def _as_tensor(audio: Any, name: str) -> Tensor:

@@ -6,14 +6,16 @@ No gradient flows into the waveforms.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache, cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mowe.audio import SAMPLING_RATE, WINDOW_SAMPLES, AudioBatch, int32_on, offsets
+from mowe.audio import SAMPLING_RATE, WINDOW_SAMPLES, AudioBatch, offsets
 from mowe.errors import AudioError, ConfigError
+from mowe_kernels.plan import device_lengths
 
 N_FFT = 400
 HOP = 160
@@ -37,14 +39,13 @@ class Spectrogram:
     """
 
     def __init__(self, audio: AudioBatch, context: Literal["valid", "window"]):
+        self.num_frames = num_frames(audio.lengths, context)
         if context == "valid":
-            self.num_frames = touched = tuple(length // HOP for length in audio.lengths)
-            self._ends = audio.lengths
+            touched, self._ends = self.num_frames, audio.lengths
         elif context == "window":
             for index, length in enumerate(audio.lengths):
                 if length > WINDOW_SAMPLES:
                     raise AudioError(f"clip {index}: expected at most 30 s in one window, got {length} samples")
-            self.num_frames = (_WINDOW_FRAMES,) * len(audio.lengths)
             touched = tuple(min(-(-(length + _EDGE) // HOP), _WINDOW_FRAMES) for length in audio.lengths)
             self._ends = (WINDOW_SAMPLES,) * len(audio.lengths)
         else:
@@ -54,7 +55,7 @@ class Spectrogram:
         self._hops = tuple(count + 2 for count in touched)
         self._most_touched = max(touched)
         table = (offsets(self.num_frames), self.num_frames, offsets(self._hops), touched)
-        self.starts, self._counts, self._hop_starts, self._touched = int32_on(audio.samples.device, table)
+        self.starts, self._counts, self._hop_starts, self._touched = device_lengths(table, audio.samples.device)
 
     @cached_property
     def power(self) -> Tensor:
@@ -95,7 +96,7 @@ class Spectrogram:
         times what the transform does.
         """
         samples, device = self.audio.samples, self.audio.samples.device
-        lengths, ends = int32_on(device, (self.audio.lengths, self._ends))[:, :, None]
+        lengths, ends = device_lengths((self.audio.lengths, self._ends), device)[:, :, None]
         before = torch.arange(_EDGE, 0, -1, dtype=torch.int32, device=device).expand(len(lengths), -1)
         after = ends - 2 - torch.arange(2 * HOP - _EDGE, dtype=torch.int32, device=device)
         position = torch.cat((before, after), dim=1)
@@ -112,19 +113,29 @@ class Spectrogram:
         return torch.cat((*pieces, silence))
 
 
-@torch.no_grad()
+def num_frames(lengths: Sequence[int], context: str) -> tuple[int, ...]:
+    """Log-mel rows of clips of so many samples."""
+    return tuple(_WINDOW_FRAMES if context == "window" else length // HOP for length in lengths)
+
+
 def normalize_waves(audio: AudioBatch) -> AudioBatch:
     """Every clip with zero mean and unit variance, as `transformers.Wav2Vec2FeatureExtractor(do_normalize=True)`:
     (x - mean) / sqrt(var + 1e-7), var the population variance over the clip.
     """
-    samples = audio.samples
+    normal = _normalize_op if torch.compiler.is_compiling() else _normalize
+    return AudioBatch(normal(audio.samples, list(audio.lengths)), audio.lengths)
+
+
+@torch.no_grad()
+def _normalize(samples: Tensor, lengths: list[int]) -> Tensor:
+    audio = AudioBatch(samples, tuple(lengths))
     blocks = tuple(-(-length // _BLOCK) for length in audio.lengths)
     padding = [-length % _BLOCK for length in audio.lengths]
     silence = samples.new_zeros(_BLOCK)
     waves = zip(samples.split(audio.lengths), padding, strict=True)
     padded = torch.cat([piece for wave, pad in waves for piece in (wave, silence[:pad])]).view(-1, _BLOCK)
 
-    starts, counts, lengths = int32_on(samples.device, (offsets(blocks), blocks, audio.lengths))
+    starts, counts, lengths = device_lengths((offsets(blocks), blocks, audio.lengths), samples.device)
     wide = padded.double()  # sums of squares must not cancel
     sums, squares = (_by_clip(x.sum(1), starts, counts, max(blocks), 0.0).sum(1) for x in (wide, wide.square()))
     mean = sums / lengths
@@ -133,7 +144,32 @@ def normalize_waves(audio: AudioBatch) -> AudioBatch:
     normal = (padded - mean.float()[clip, None]).mul_(scale.float()[clip, None])
 
     sizes = [size for pair in zip(audio.lengths, padding, strict=True) for size in pair]
-    return AudioBatch(torch.cat(normal.flatten().split(sizes)[::2]), audio.lengths)
+    return torch.cat(normal.flatten().split(sizes)[::2])
+
+
+def log_mel_rows(audio: AudioBatch, context: str, num_mel_bins: int) -> tuple[Tensor, Tensor]:
+    """`Spectrogram.log_mel` and `starts` as one node of a compiled graph, which cuts no clip to its own shape."""
+    rows = _log_mel_op(audio.samples, list(audio.lengths), context, num_mel_bins)
+    return rows, device_lengths(offsets(num_frames(audio.lengths, context)), rows.device)
+
+
+def _log_mel(samples: Tensor, lengths: list[int], context: str, num_mel_bins: int) -> Tensor:
+    return Spectrogram(AudioBatch(samples, tuple(lengths)), context).log_mel(num_mel_bins)
+
+
+_log_mel_op = torch.library.custom_op(
+    "mowe::log_mel",
+    _log_mel,
+    mutates_args=(),
+    schema="(Tensor samples, SymInt[] lengths, str context, int num_mel_bins) -> Tensor",
+)
+_log_mel_op.register_fake(
+    lambda samples, lengths, context, bins: samples.new_empty(sum(num_frames(lengths, context)), bins)
+)
+_normalize_op = torch.library.custom_op(
+    "mowe::normalize_waves", _normalize, mutates_args=(), schema="(Tensor samples, SymInt[] lengths) -> Tensor"
+)
+_normalize_op.register_fake(lambda samples, lengths: torch.empty_like(samples))
 
 
 def _owners(counts: Tensor, total: int) -> Tensor:

@@ -123,11 +123,16 @@ class EncoderPool(nn.Module):
 
     def layout(self, device: torch.device) -> PackLayout:
         """The fixed part of every plan of this pool."""
+        if torch.compiler.is_compiling():  # a compiled graph would be made anew once the layout is kept
+            return self._new_layout(device)
         if device not in self._layouts:
-            family_of = {index: f for f, indices in enumerate(self.members) for index in indices}
-            families = [family_of[index] for index in range(self.num_encoders)]
-            self._layouts[device] = PackLayout.build(families, [f.num_levels for f in self.families], device)
+            self._layouts[device] = self._new_layout(device)
         return self._layouts[device]
+
+    def _new_layout(self, device: torch.device) -> PackLayout:
+        family_of = {index: f for f, indices in enumerate(self.members) for index in indices}
+        families = [family_of[index] for index in range(self.num_encoders)]
+        return PackLayout.build(families, [f.num_levels for f in self.families], device)
 
     def lengths(self, features: ClipFeatures) -> list[list[int]]:
         """[L][B]: frames of each clip at each level of each family."""

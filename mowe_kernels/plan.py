@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,9 +46,10 @@ class PackLayout:
             rank[encoder] = place
         sizes = [list(family_of_encoder).count(f) for f in range(len(num_levels))]
         bounds = [(sum(sizes[:f]), sum(sizes[: f + 1])) for f, n in enumerate(num_levels) for _ in range(n)]
+        device = device or torch.device("cpu")
         return PackLayout(
-            torch.tensor(rank, dtype=torch.int32, device=device),
-            torch.tensor(bounds, dtype=torch.int32, device=device),
+            device_lengths(rank, device),
+            device_lengths(bounds, device),
             tuple(sizes),
             tuple(num_levels),
         )
@@ -161,11 +163,27 @@ class PackPlan:
             if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
                 bound = int(cu_seqlens[-1])
             offsets = self.group_offsets[level, low : high + 1]
-            levels.append(Level(cu_seqlens, offsets, bound, max(self.lengths[level], default=0)))
+            levels.append(Level(cu_seqlens, offsets, bound, max((0, *self.lengths[level]))))
         return FamilyPlan(self.order // slots, self.encoder - low, tuple(levels))
 
 
-def device_lengths(lengths: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Host lengths as int32 [L, B] on a device, without waiting for it."""
-    host = torch.tensor(lengths, dtype=torch.int32)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+def device_lengths(lengths: Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Host integers as int32 [n] or [L, n] on a device, without waiting for it."""
+    if torch.compiler.is_compiling():
+        nested = isinstance(lengths[0], (list, tuple))
+        flat = [n for row in lengths for n in row] if nested else list(lengths)
+        on_device = torch.ops.mowe.device_lengths(flat, device)
+        return on_device.view(len(lengths), -1) if nested else on_device
+    return _copy(lengths, device)
+
+
+def _copy(lengths: Any, device: torch.device) -> Tensor:
+    host = torch.tensor(lengths, dtype=torch.int32, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
+
+# One node of a compiled graph: host integers that change from call to call reach the device as one copy.
+_op = torch.library.custom_op(
+    "mowe::device_lengths", _copy, mutates_args=(), schema="(SymInt[] lengths, Device device) -> Tensor"
+)
+_op.register_fake(lambda lengths, device: torch.empty(len(lengths), dtype=torch.int32, device=device))

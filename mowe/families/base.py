@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from mowe.audio import AudioBatch
 from mowe.errors import ConfigError, naming
 from mowe.families.convert import Entry, encoder_state_dict, load_encoder
-from mowe.features import Spectrogram, normalize_waves
+from mowe.features import Spectrogram, log_mel_rows, normalize_waves
 from mowe_kernels import FamilyPlan, FrameClock
 
 Context = Literal["valid", "window"]
@@ -31,9 +31,12 @@ class ClipFeatures:
         self._spectrogram: Spectrogram | None = None
         self._log_mel: dict[int, Tensor] = {}
         self._normalized: AudioBatch | None = None
+        self._wave_starts: Tensor | None = None
 
     def log_mel(self, num_mel_bins: int) -> tuple[Tensor, Tensor]:
         """Whisper's log-mel rows [S, num_mel_bins] and the first row of each clip, int32 [B]."""
+        if torch.compiler.is_compiling():
+            return log_mel_rows(self.audio, self.context, num_mel_bins)
         if self._spectrogram is None:
             self._spectrogram = Spectrogram(self.audio, self.context)
         if num_mel_bins not in self._log_mel:
@@ -44,8 +47,10 @@ class ClipFeatures:
         """The samples [S, 1], with zero mean and unit variance if asked, and the first of each clip, int32 [B]."""
         if normalize and self._normalized is None:
             self._normalized = normalize_waves(self.audio)
+        if self._wave_starts is None:
+            self._wave_starts = self.audio.starts
         audio = self._normalized if normalize else self.audio
-        return audio.samples[:, None], audio.starts
+        return audio.samples[:, None], self._wave_starts
 
 
 class EncoderFamily(nn.Module):

@@ -1,0 +1,80 @@
+"""The whole mixture under torch.compile: one graph, and none anew for other lengths or another routing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from mowe import EncoderPool, MixtureOfWeakEncoders, MoweConfig
+from tests.mowe.encoders import assert_same, assert_same_gradients, clip, hubert, whisper
+
+OUT = 20
+BATCHES = ((16_000, 401, 33_333), (20_000, 999, 12_345), (8_000, 9_999, 2_345), (9_999, 99_000, 480), (640, 640, 640))
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    torch._dynamo.reset()
+
+
+def mixture(context: str) -> MixtureOfWeakEncoders:
+    """Two Whisper encoders, a HuBERT that normalises its waves and one that does not."""
+    torch.manual_seed(0)
+    pool = EncoderPool.from_encoders([whisper(0), whisper(1), hubert(2), hubert(3)], context=context)
+    pool.config.encoders[3]["do_normalize"] = True
+    config = MoweConfig(
+        audio_config=whisper().config,
+        text_config={"model_type": "llama", "hidden_size": OUT, "num_attention_heads": 2},
+        pool_config=pool.config,
+        projector_hidden_size=16,
+    )
+    made = MixtureOfWeakEncoders(config, EncoderPool(pool.config))
+    for name, parameter in made.named_parameters():
+        if not name.endswith("embed_positions"):
+            torch.nn.init.normal_(parameter, std=0.2)
+    return made.eval()
+
+
+def inputs(lengths: tuple[int, ...]) -> tuple[Tensor, list[Tensor], list[int]]:
+    """Base features, padded to the longest clip, waveforms, and how many base frames are real."""
+    frames = [-(-(samples // 160) // 2) for samples in lengths]
+    return torch.randn(len(lengths), max(frames), 32), [clip(n, i) for i, n in enumerate(lengths)], frames
+
+
+@pytest.mark.parametrize("context", ["valid", "window"])
+@torch.no_grad()
+def test_other_lengths_and_another_routing_compile_nothing(context):
+    made, counter = mixture(context), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(made, backend=counter, fullgraph=True)
+    chosen = set()
+    for number, lengths in enumerate(BATCHES if context == "valid" else BATCHES[:3]):
+        made.router.dependent.weight.neg_()
+        made.router.independent_logits.copy_(torch.randn(4))
+        given = inputs(lengths)
+        out, expected = compiled(*given), made(*given)
+        assert_same(out.tokens, expected.tokens)
+        assert (out.lengths, out.indices.tolist()) == (expected.lengths, expected.indices.tolist())
+        assert counter.frame_count == min(number + 1, 2)  # at the second batch, sizes become symbols
+        chosen.add(str(out.indices.tolist()))
+    assert len(chosen) > 1
+
+
+def test_gradients_are_those_of_eager_code():
+    made, counter = mixture("valid"), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(made, backend=counter, fullgraph=True, dynamic=True)
+
+    def gradients(call, given) -> dict[str, Tensor]:
+        made.zero_grad()
+        out = call(*given)
+        (out.tokens.square().mean() + out.aux_loss).backward()
+        # On the CPU a family that nobody chose does not run in eager code, and leaves no gradient instead of zeros.
+        return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in made.named_parameters()}
+
+    graphs = set()
+    for lengths in BATCHES[:3]:
+        given = inputs(lengths)
+        assert_same_gradients(gradients(compiled, given), gradients(made, given))
+        graphs.add(counter.frame_count)
+    assert len(graphs) == 1
