@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from functools import partial
 
 import torch
 import triton
@@ -12,7 +12,7 @@ from torch import Tensor
 from mowe_kernels.triton import _conv1d
 from mowe_kernels.triton._compilation import Compilation
 from mowe_kernels.triton._epilogue import activation_backward
-from mowe_kernels.triton._launch import check_dtypes, contiguous, hardware, launch, record, setting
+from mowe_kernels.triton._launch import check_dtypes, contiguous, hardware, launch, recorded, setting
 from mowe_kernels.triton._tiles import at_most, fitted_tile
 from mowe_kernels.triton.grouped_linear import Tile, newest
 
@@ -170,7 +170,6 @@ def _sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
 LAYERS = {
     "whisper-tiny conv1": (80, 384, 3, 1, 1, 1, ("bias", "gelu")),
     "whisper-tiny conv2": (384, 384, 3, 2, 1, 1, ("bias", "gelu", "positions")),
-    "whisper-base conv2": (512, 512, 3, 2, 1, 1, ("bias", "gelu", "positions")),
     "whisper-large-v3 conv2": (1280, 1280, 3, 2, 1, 1, ("bias", "gelu", "positions")),
     "hubert conv0": (1, 512, 10, 5, 0, 1, ()),
     "hubert conv1": (512, 512, 3, 2, 0, 1, ("gelu",)),
@@ -180,10 +179,8 @@ LAYERS = {
 
 def compilations(capability: int) -> Iterator[Compilation]:
     """The convolutions of Whisper and HuBERT encoders, forward and backward."""
-    cases = [(layer, 48000, torch.bfloat16, "") for layer in LAYERS]
-    cases += [(layer, 400, torch.bfloat16, ", few rows") for layer in ("whisper-tiny conv2", "hubert positional")]
-    cases += [(layer, 48000, torch.float32, ", fp32") for layer in ("whisper-tiny conv1", "hubert positional")]
-    for layer, rows, dtype, suffix in cases:
+
+    def convolve(layer: str, rows: int, dtype: torch.dtype) -> None:
         channels, n, taps, stride, padding, groups, extras = LAYERS[layer]
         like = torch.empty(0, dtype=dtype, device="meta")
         x, out, weight = (like.new_empty(*s) for s in ((rows, channels), (rows, n), (2, n, taps, channels // groups)))
@@ -191,13 +188,18 @@ def compilations(capability: int) -> Iterator[Compilation]:
         positions = like.new_empty(2, 1500, n) if "positions" in extras else None
         activation = "gelu" if "gelu" in extras else ""
         table, cu_seqlens = (like.new_empty(size, dtype=torch.int32) for size in (32, 33))
-        with record(capability) as launches:
-            forward(
-                x, weight, bias, table, table, table, cu_seqlens, positions, out if "residual" in extras else None,
-                rows, stride, padding, groups, activation, activation != "",
-            )  # fmt: skip
-            backward(
-                out, x, weight, table, table, table, cu_seqlens, positions, out,
-                stride, padding, groups, activation, True, True, bias is not None, positions is not None,
-            )  # fmt: skip
-        yield from (replace(launched, name=f"{launched.name}, {layer}{suffix}") for launched in launches)
+        forward(
+            x, weight, bias, table, table, table, cu_seqlens, positions, out if "residual" in extras else None,
+            rows, stride, padding, groups, activation, activation != "",
+        )  # fmt: skip
+        backward(
+            out, x, weight, table, table, table, cu_seqlens, positions, out,
+            stride, padding, groups, activation, True, True, bias is not None, positions is not None,
+        )  # fmt: skip
+
+    calls = {layer: partial(convolve, layer, 48000, torch.bfloat16) for layer in LAYERS}
+    for layer in ("whisper-tiny conv2", "hubert positional"):
+        calls[f"{layer}, few rows"] = partial(convolve, layer, 400, torch.bfloat16)
+    for layer in ("whisper-tiny conv1", "hubert positional"):
+        calls[f"{layer}, fp32"] = partial(convolve, layer, 48000, torch.float32)
+    yield from recorded(capability, calls)

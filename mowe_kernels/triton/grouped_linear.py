@@ -236,7 +236,6 @@ def compilations(capability: int) -> Iterator[Compilation]:
     for case, rows, d, dtype in (
         ("tiny", 48000, 384, torch.bfloat16),
         ("tiny, few rows", 400, 384, torch.bfloat16),
-        ("hubert", 48000, 768, torch.bfloat16),
         ("large", 48000, 1280, torch.bfloat16),
         ("tiny, float32", 48000, 384, torch.float32),
     ):

@@ -6,7 +6,8 @@ Clips do not share base frames, and every pair that has rows serves a slot, as `
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
@@ -15,7 +16,7 @@ from torch import Tensor
 from mowe_kernels.triton import _mixture, _mixture_tables
 from mowe_kernels.triton._compilation import Compilation
 from mowe_kernels.triton._epilogue import activation_backward
-from mowe_kernels.triton._launch import check_dtypes, contiguous, hardware, launch, record, setting
+from mowe_kernels.triton._launch import check_dtypes, contiguous, hardware, launch, recorded, setting
 from mowe_kernels.triton._tiles import at_most, fitted_tile
 from mowe_kernels.triton.grouped_linear import Tile, newest
 
@@ -305,17 +306,14 @@ def _grad_scale(grads: Tensor, features: _Features, clips: _Clips) -> Tensor:
 # outputs, taps, stride, padding, width of the weak features; the base is Whisper-large-v3.
 PROJECTORS = {
     "tiny, stack 15": (1280, 15, 15, 0, 384),
-    "hubert, stack 5": (6400, 5, 5, 0, 768),
     "base, conv": (1280, 3, 2, 1, 512),
 }
 
 
 def compilations(capability: int) -> Iterator[Compilation]:
     """First layers of projectors, with two slots and two families alike, forward and backward."""
-    cases = [(projector, 96000, torch.bfloat16, "") for projector in PROJECTORS]
-    cases += [("tiny, stack 15", 1500, torch.bfloat16, ", few rows")]
-    cases += [("tiny, stack 15", 96000, torch.float32, ", fp32")]
-    for projector, frames, dtype, suffix in cases:
+
+    def project(projector: str, frames: int, dtype: torch.dtype) -> None:
         n, taps, stride, padding, width = PROJECTORS[projector]
         like = torch.empty(0, dtype=dtype, device="meta")
         base, weak = like.new_empty(frames, 1280), like.new_empty(frames, width)
@@ -326,11 +324,10 @@ def compilations(capability: int) -> Iterator[Compilation]:
         position = like.new_empty(32, 2, dtype=torch.int32)
         clips = (base, starts, starts, [weak] * 2, [offsets] * 2, position, weights, base_weight, [row_weight] * 2)
         clocks = [640, 320, 640] * 2
-        with record(capability) as launches:
-            forward(*clips, bias, clocks, cu_seqlens, out.shape[0], stride, padding, "gelu", True)
-            backward(out, *clips, clocks, cu_seqlens, out, stride, padding, "gelu", *(True,) * 5)
-        seen = []
-        for launched in launches:
-            if launched not in seen:  # the families are alike
-                seen.append(launched)
-                yield replace(launched, name=f"{launched.name}, {projector}{suffix}")
+        forward(*clips, bias, clocks, cu_seqlens, out.shape[0], stride, padding, "gelu", True)
+        backward(out, *clips, clocks, cu_seqlens, out, stride, padding, "gelu", *(True,) * 5)
+
+    calls = {projector: partial(project, projector, 96000, torch.bfloat16) for projector in PROJECTORS}
+    calls["tiny, stack 15, few rows"] = partial(project, "tiny, stack 15", 1500, torch.bfloat16)
+    calls["tiny, stack 15, fp32"] = partial(project, "tiny, stack 15", 96000, torch.float32)
+    yield from recorded(capability, calls)
