@@ -1,4 +1,4 @@
-"""The compiled library: loaded where it was built, never compiled here. Its ops run on CPU tensors alone."""
+"""The compiled libraries: loaded where they were built, never compiled here."""
 
 from __future__ import annotations
 
@@ -9,24 +9,29 @@ from pathlib import Path
 import torch
 
 OPS = ("nf4_quantize", "nf4_dequantize_grouped")
-"""What the library computes."""
-DTYPES = (torch.float32, torch.bfloat16)
-LIBRARY = Path(__file__).parents[1] / "_csrc.so"
+"""What the libraries compute."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LIBRARIES = {
+    device: Path(__file__).parents[1] / name for device, name in {"cpu": "_csrc.so", "cuda": "_csrc_cuda.so"}.items()
+}
+"""By type of device. That of CUDA adds to that of the CPU and is loaded at the first CUDA tensor."""
 
 
 @cache
-def available() -> bool:
-    """Whether the library could be loaded; warns once where it could not."""
-    reason = "it was not built"
-    if LIBRARY.is_file():
+def available(device: str = "cpu") -> bool:
+    """Whether the library for a type of device could be loaded; warns once where one was not built or is broken."""
+    if device not in LIBRARIES or (device != "cpu" and not available()):
+        return False
+    reason, library = "it was not built", LIBRARIES[device]
+    if library.is_file():
         try:
-            torch.ops.load_library(LIBRARY)
+            torch.ops.load_library(library)
             return True
         except OSError as error:
             reason = " ".join(str(error).split())
     warnings.warn(
-        f"mowe_kernels runs without its compiled library ({reason}), which is slower: "
-        "install with a C++ compiler and `pip install --no-build-isolation`",
+        f"mowe_kernels runs without its compiled library for {device} ({reason}), which is slower: "
+        f"install with {'nvcc' if device == 'cuda' else 'a C++ compiler'} and `pip install --no-build-isolation`",
         stacklevel=2,
     )
     return False

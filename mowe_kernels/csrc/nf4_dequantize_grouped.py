@@ -1,11 +1,11 @@
-"""Compiled `nf4_dequantize_grouped`, to float32 and bfloat16 on the CPU."""
+"""Compiled `nf4_dequantize_grouped`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from mowe_kernels.csrc import DTYPES
+from mowe_kernels.csrc import DTYPES, available
 from mowe_kernels.reference import nf4_dequantize_grouped as reference
 
 
@@ -20,14 +20,7 @@ def forward(
     dtype: torch.dtype,
 ) -> list[Tensor]:
     stacks = codes, absmax, nested_absmax, nested_offset, nested_code
-    if group_offsets.device.type != "cpu" or dtype not in DTYPES:
+    if dtype not in DTYPES or not available(group_offsets.device.type):
         return reference.forward(*stacks, sizes, group_offsets, dtype)
-    offsets = group_offsets.contiguous()
-    out = []
-    for stack, rows, columns, blocksize in zip(
-        zip(*stacks, strict=True), sizes[::3], sizes[1::3], sizes[2::3], strict=True
-    ):
-        out.append(stack[0].new_empty((stack[0].shape[0], rows, columns), dtype=dtype))
-        contiguous = [tensor.contiguous() for tensor in stack]
-        torch.ops.mowe.nf4_dequantize_grouped.csrc(*contiguous, blocksize, offsets, out[-1])
-    return out
+    contiguous = ([tensor.contiguous() for tensor in stack] for stack in stacks)
+    return torch.ops.mowe.nf4_dequantize_grouped.csrc(*contiguous, sizes, group_offsets.contiguous(), dtype)

@@ -68,8 +68,9 @@ _op = Op(
 def nf4_dequantize_grouped(matrices: Sequence[Nf4Matrix], group_offsets: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """Weights [E, rows, columns] in `dtype` of every stack, those of encoders without rows unspecified.
 
-    group_offsets: int32 [E+1], first row of each encoder. The results are new tensors: freed after their layer, the
-    allocator gives the next layer the same memory. The product of value and scale is taken in float32.
+    group_offsets: int32 [E+1], first row of each encoder. The product of value and scale is taken in float32. The
+    results are tensors like others: when the last that sees their memory is gone, the next layer's take its place (on
+    the CPU the compiled library keeps up to 256 MiB for that).
     Floor: 0.5 bytes read and one element written for each weight of the encoders in use.
     Raises ValueError for sizes or types that do not fit each other.
     """

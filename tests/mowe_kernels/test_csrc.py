@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +22,7 @@ COMPARE = """
 import sys, torch
 from pathlib import Path
 from mowe_kernels import csrc, nf4_dequantize_grouped, nf4_quantize, use_backend
-csrc.LIBRARY = Path(sys.argv[1])
+csrc.LIBRARIES["cpu"] = Path(sys.argv[1])
 assert csrc.available()
 torch.manual_seed(0)
 for shape in ((1, 1), (3, 5), (64, 64), (130, 67), (33, 100)):
@@ -40,13 +43,102 @@ print("same")
 """
 
 
+SCRATCH = """
+import sys, threading, torch
+from pathlib import Path
+from mowe_kernels import csrc, grouped_linear, nf4_dequantize_grouped, nf4_quantize
+csrc.LIBRARIES["cpu"] = Path(sys.argv[1])
+assert csrc.available()
+offsets = torch.tensor([0, 3, 7], dtype=torch.int32)
+weights = [nf4_quantize(torch.randn(2, 96, 96)) for _ in range(3)]
+expected = [w.dequantize().clone() for w in weights]
+
+def dequantize(index):
+    return nf4_dequantize_grouped([weights[index].matrix], offsets, torch.float32)[0]
+
+first = dequantize(0)
+place, row = first.data_ptr(), first[1, :1]
+second = dequantize(1)
+assert second.data_ptr() != place and torch.equal(first, expected[0])
+del first
+third = dequantize(2)
+assert third.data_ptr() != place and torch.equal(row, expected[0][1, :1]), "a view still sees it"
+del row
+assert dequantize(0).data_ptr() == place, "the memory is used again"
+del second, third
+
+x = torch.randn(7, 96, requires_grad=True)
+def run(layers):
+    y = x
+    for weight in layers:
+        y = grouped_linear(y, weight() if callable(weight) else weight, None, offsets)
+    return torch.autograd.grad(y.square().sum(), x)[0]
+assert torch.equal(run([lambda i=i: dequantize(i) for i in range(3)]), run(expected))
+
+def work(index):
+    for _ in range(200):
+        if not torch.equal(dequantize(index), expected[index]):
+            wrong.append(index)
+wrong = []
+threads = [threading.Thread(target=work, args=(i % 3,)) for i in range(6)]
+[t.start() for t in threads], [t.join() for t in threads]
+assert not wrong
+print("safe")
+"""
+
+
+def build(folder: Path, **environment: str) -> Path:
+    command = ["setup.py", "-q", "build_ext", "--build-lib", folder / "lib", "--build-temp", folder / "tmp"]
+    subprocess.run(
+        [sys.executable, *command], cwd=ROOT, check=True, capture_output=True, env={**os.environ, **environment}
+    )
+    return folder / "lib" / "mowe_kernels" / "_csrc.so"
+
+
+def run(script: str, library: Path) -> str:
+    done = subprocess.run([sys.executable, "-c", script, library], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("csrc"), NVCC=shutil.which("nvcc") or "")
+
+
 @needs_compiler
-def test_library_gives_the_bits_of_plain_torch(tmp_path):
-    build = ["setup.py", "-q", "build_ext", "--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "tmp"]
-    subprocess.run([sys.executable, *build], cwd=ROOT, check=True, capture_output=True)
-    library = tmp_path / "lib" / "mowe_kernels" / "_csrc.so"
-    done = subprocess.run([sys.executable, "-c", COMPARE, library], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "same\n", done.stderr
+def test_library_gives_the_bits_of_plain_torch(library):
+    assert run(COMPARE, library) == "same\n"
+
+
+@needs_compiler
+def test_so_it_does_on_any_processor(tmp_path):
+    """Built without what only some processors have, as it is chosen for them when it runs."""
+    assert run(COMPARE, build(tmp_path, CFLAGS="-DMOWE_PORTABLE", NVCC="")) == "same\n"
+
+
+@needs_compiler
+def test_scratch_is_used_again_but_never_while_it_is_held(library):
+    assert run(SCRATCH, library) == "safe\n"
+
+
+def undefined(library: Path) -> set[str]:
+    table = subprocess.run(["nm", "-D", "-C", "--undefined-only", library], capture_output=True, text=True, check=True)
+    return {line.split(maxsplit=1)[1] for line in table.stdout.splitlines()}
+
+
+def foreign(names: set[str]) -> set[str]:
+    """Names of torch's that are not part of its stable ABI."""
+    torchs = {name for name in names if re.search("torch|c10|at::|caffe", name)}
+    return {name for name in torchs if not name.startswith(("aoti_torch_", "torch_"))}
+
+
+@needs_compiler
+def test_library_needs_the_stable_abi_alone(library):
+    """So that it runs with every torch from 2.11 on, whatever it was built with."""
+    names = undefined(library)
+    assert "torch_library_impl" in names
+    assert not foreign(names)
 
 
 @pytest.mark.parametrize("content", [None, b"not a library"], ids=["absent", "broken"])
@@ -54,7 +146,7 @@ def test_without_it_plain_torch_runs_and_says_so_once(monkeypatch, tmp_path, con
     library = tmp_path / "_csrc.so"
     if content is not None:
         library.write_bytes(content)
-    monkeypatch.setattr(csrc, "LIBRARY", library)
+    monkeypatch.setitem(csrc.LIBRARIES, "cpu", library)
     csrc.available.cache_clear()
     try:
         weight = torch.randn(2, 8, 9)
@@ -67,9 +159,25 @@ def test_without_it_plain_torch_runs_and_says_so_once(monkeypatch, tmp_path, con
         csrc.available.cache_clear()
 
 
+def architectures(library: Path) -> tuple[set[int], set[int]]:
+    """Of the machine code and of the PTX in a library, read from the headers of its "fat binaries"."""
+    data, found, start = library.read_bytes(), {1: set(), 2: set()}, 0
+    while (start := data.find(struct.pack("<I", 0xBA55ED50), start)) >= 0:
+        header, size = struct.unpack_from("<HQ", data, start + 6)
+        start += header
+        end = start + size
+        while start < end:
+            kind, _, header, size = struct.unpack_from("<HHIQ", data, start)
+            found[kind] |= set(struct.unpack_from("<I", data, start + 28))
+            start += header + size
+    return found[2], found[1]
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_100"])
-def test_cuda_source_compiles(tmp_path, architecture):
-    compile_only = ["nvcc", "-c", "-std=c++17", f"-arch={architecture}", "csrc/nf4_cuda.cu", "-o", tmp_path / "nf4.o"]
-    done = subprocess.run(compile_only, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_library_for_gpus_is_built_without_one(library):
+    cuda = library.with_name("_csrc_cuda.so")
+    machine_code, ptx = architectures(cuda)
+    assert 80 in machine_code and ptx == {max(machine_code)}
+    names = undefined(cuda)
+    assert "aoti_torch_get_current_cuda_stream" in names
+    assert not foreign(names)
