@@ -1,4 +1,4 @@
-"""Pictures of routing: which clip was heard by which encoders, and how much each one counts."""
+"""Pictures, and the one of routing: which clip was heard by which encoders, and how much each one counts."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from mowe.errors import ConfigError
+from mowe.files import check_file, whole_file
+
+INK, QUIET, LINE, GREEN, RED = "#1f2933", "#6b7785", "#e4e7eb", "#2a9d8f", "#e76f51"
+"""The colours of all pictures."""
 
 _FORMATS = (".png", ".svg", ".pdf", ".jpg", ".webp")
-_INK, _QUIET, _LINE = "#1f2933", "#6b7785", "#e4e7eb"
-_KINDS = {"same for every clip": "#2a9d8f", "chosen by the sound": "#e76f51"}  # data-independent, data-dependent
+_KINDS = {"same for every clip": GREEN, "chosen by the sound": RED}  # data-independent, data-dependent
 _COLORS = tuple(_KINDS.values())
 _ROW, _COLUMN, _MARGIN = 0.42, 1.45, 0.35  # inches
 _HEADER, _FOOTER = 1.4, 1.15  # inches above and below the rows
@@ -48,29 +51,21 @@ def routing_picture(
     for a suffix that names no format and for a file that cannot be written.
     """
     check_picture(path)
-    path = Path(path)
-    figure = _draw(routes, encoders, independent_slots, title, subtitle)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a script that the font lacks is drawn as boxes
-            figure.savefig(partial, format=path.suffix[1:].lower(), facecolor="white")
-        partial.replace(path)
-    except OSError as error:
-        raise ConfigError(f"{path}: the picture cannot be written ({error.strerror})") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    save_picture(_draw(routes, encoders, independent_slots, title, subtitle), path)
+
+
+def save_picture(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure in the format that the path's suffix names; see `check_picture` and `whole_file`."""
+    with whole_file(path, "the picture") as partial, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a script that the font lacks is drawn as boxes
+        figure.savefig(partial, format=Path(path).suffix[1:].lower(), facecolor="white")
 
 
 def check_picture(path: str | os.PathLike[str]) -> None:
     """Raise ConfigError for a path no picture can be written to, before anything is computed."""
-    path = Path(path)
-    if path.is_dir():
-        raise ConfigError(f"{path}: expected a file to write the picture to, got a directory")
-    if path.suffix.lower() not in _FORMATS:
+    check_file(path, "the picture")
+    if Path(path).suffix.lower() not in _FORMATS:
         raise ConfigError(f"{path}: expected a picture's name, ending in {', '.join(_FORMATS)}")
-    if not path.parent.is_dir():
-        raise ConfigError(f"{path}: its folder does not exist")
 
 
 def _draw(
@@ -86,11 +81,11 @@ def _draw(
     shares = figure.add_axes((left / width, 0.35 / height, span, 0.55 / height))
 
     at = _MARGIN / width
-    figure.text(at, 1 - 0.45 / height, title, fontsize=17, fontweight="bold", color=_INK, parse_math=False)
-    figure.text(at, 1 - 0.72 / height, subtitle, fontsize=9.5, color=_QUIET, parse_math=False)
+    figure.text(at, 1 - 0.45 / height, title, fontsize=17, fontweight="bold", color=INK, parse_math=False)
+    figure.text(at, 1 - 0.72 / height, subtitle, fontsize=9.5, color=QUIET, parse_math=False)
     marks = [Line2D([], [], marker="o", linestyle="", markersize=9, color=color) for color in _COLORS]
     figure.legend(
-        marks, _KINDS, loc="upper right", bbox_to_anchor=(1 - at, 1 - 0.2 / height), frameon=False, labelcolor=_QUIET,
+        marks, _KINDS, loc="upper right", bbox_to_anchor=(1 - at, 1 - 0.2 / height), frameon=False, labelcolor=QUIET,
         fontsize=9, borderpad=0, borderaxespad=0, handletextpad=0.1,
     )  # fmt: skip
 
@@ -100,11 +95,11 @@ def _draw(
         axes.spines[:].set_visible(False)
     grid.set_ylim(rows - 0.5, -0.5)
     grid.xaxis.tick_top()
-    grid.set_xticks(range(columns), encoders, fontsize=10.5, fontweight="bold", color=_INK)
-    grid.set_yticks(range(rows), labels, fontsize=10, color=_INK)
+    grid.set_xticks(range(columns), encoders, fontsize=10.5, fontweight="bold", color=INK)
+    grid.set_yticks(range(rows), labels, fontsize=10, color=INK)
     for tick in grid.get_yticklabels():
         tick.set_parse_math(False)
-    grid.hlines([row + 0.5 for row in range(-1, rows)], -0.5, columns - 0.5, color=_LINE, linewidth=0.8, zorder=0)
+    grid.hlines([row + 0.5 for row in range(-1, rows)], -0.5, columns - 0.5, color=LINE, linewidth=0.8, zorder=0)
     for row, route in enumerate(routes):
         _draw_choices(grid, row, route, independent_slots)
     _draw_shares(shares, routes, columns, independent_slots)
@@ -120,7 +115,7 @@ def _draw_choices(grid: Axes, row: int, route: Route, independent_slots: int) ->
         grid.scatter(x, row, s=area, color=_COLORS[slot >= independent_slots], linewidth=0, zorder=2)
         beside = (area**0.5 / 2 + 3, 0)
         grid.annotate(
-            f"{weight:.2f}", (x, row), beside, textcoords="offset points", va="center", fontsize=8, color=_QUIET
+            f"{weight:.2f}", (x, row), beside, textcoords="offset points", va="center", fontsize=8, color=QUIET
         )
 
 
@@ -138,9 +133,9 @@ def _draw_shares(axes: Axes, routes: Sequence[Route], columns: int, independent_
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     for column, share in enumerate(bottom):
         axes.annotate(
-            f"{share:.0%}", (column, share), (0, 3), textcoords="offset points", ha="center", fontsize=8, color=_QUIET
+            f"{share:.0%}", (column, share), (0, 3), textcoords="offset points", ha="center", fontsize=8, color=QUIET
         )
     axes.set_ylim(0, max(bottom, default=0) * 1.3 or 1)
     axes.set_xticks([])
-    axes.set_yticks([axes.get_ylim()[1] / 2], ["all clips"], fontsize=10, color=_QUIET)
-    axes.axhline(0, color=_LINE, linewidth=0.8)
+    axes.set_yticks([axes.get_ylim()[1] / 2], ["all clips"], fontsize=10, color=QUIET)
+    axes.axhline(0, color=LINE, linewidth=0.8)

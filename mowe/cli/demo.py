@@ -16,7 +16,7 @@ from mowe.cli._inputs import Clip, LoadedModel, load_model, read_clips
 from mowe.cli._routing import draw, route, routing_table
 from mowe.cli._screen import Screen, model_heading, printable
 from mowe.demo import Comparison, compare
-from mowe.errors import ConfigError
+from mowe.files import check_folder, make_folder
 
 PROMPT = "What do you hear?"
 _NEW_TOKENS = 12
@@ -25,8 +25,7 @@ _BAR = 16  # characters
 
 
 def run(out: Path, screen: Screen) -> None:
-    if not next(path for path in (out, *out.parents) if path.exists()).is_dir():
-        raise ConfigError(f"--out {out}: not a folder, nor can it become one")
+    check_folder(out, "--out")
     clips = bundled_clips(screen)
     loaded = load_model(None, screen)
     with screen.step("routing"):
@@ -41,7 +40,7 @@ def run(out: Path, screen: Screen) -> None:
         lambda rounds: screen.track(rounds, "timing"),
     )
     with screen.step("drawing"):
-        picture = _folder(out) / "routing.png"
+        picture = make_folder(out, "--out") / "routing.png"
         draw(loaded, routes, picture)
     screen.result(
         {
@@ -79,14 +78,6 @@ def bundled_clips(screen: Screen) -> list[Clip]:
         listed = json.loads((folder / "clips.json").read_text(encoding="utf-8"))
         clips = read_clips([folder / clip["file"] for clip in listed], screen)
     return [replace(clip, file=Path(clip.file).name) for clip in clips]
-
-
-def _folder(out: Path) -> Path:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {out}: the folder cannot be made ({error.strerror})") from None
-    return out
 
 
 def _heading(loaded: LoadedModel, clips: list[Clip]) -> Text:

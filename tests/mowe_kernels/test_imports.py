@@ -15,14 +15,15 @@ ROOT = Path(__file__).resolve().parents[2]
 # Inside mowe a module imports its own level and those above it in this table. A module named nowhere is of the last.
 LEVELS = (
     ("mowe.errors",),
-    ("mowe.audio", "mowe.features", "mowe.configuration_mowe"),
-    ("mowe.families", "mowe.losses", "mowe.quantization"),
+    ("mowe.audio", "mowe.features", "mowe.files", "mowe.configuration_mowe"),
+    ("mowe.plots", "mowe.families", "mowe.losses", "mowe.quantization"),
     ("mowe.checkpoint",),
     ("mowe.pool", "mowe.router", "mowe.projector"),
     ("mowe.mixture",),
     ("mowe.modeling_mowe", "mowe.processing_mowe"),
     ("mowe.attach", "mowe.data"),
-    ("mowe.training", "mowe.evaluation"),
+    ("mowe.evaluation",),
+    ("mowe.training",),
     ("mowe.cli",),
 )
 # Who must not import whom, besides.

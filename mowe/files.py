@@ -1,0 +1,59 @@
+"""Files that appear whole or not at all, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mowe.errors import ConfigError
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str], what: str) -> Iterator[Path]:
+    """A name beside `path` to write to, which becomes `path` if nothing fails. what: what errors call the file.
+
+    Raises ConfigError where the system refuses to write; a file that was there before stays as it was.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: {what} cannot be written ({error.strerror})") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str, what: str) -> None:
+    """Write a text in UTF-8, whole or not at all; see `whole_file`."""
+    with whole_file(path, what) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def check_file(path: str | os.PathLike[str], what: str) -> None:
+    """Raise ConfigError for a path no file can be written to, before anything is computed."""
+    path = Path(path)
+    if path.is_dir():
+        raise ConfigError(f"{path}: expected a file to write {what} to, got a directory")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path}: its folder does not exist")
+
+
+def make_folder(path: str | os.PathLike[str], option: str) -> Path:
+    """The folder, made if it was not there. Raises ConfigError, naming the option, where it cannot be."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{option} {path}: the folder cannot be made ({error.strerror})") from None
+    return path
+
+
+def check_folder(path: str | os.PathLike[str], option: str) -> None:
+    """Raise ConfigError for a path that is not a folder and cannot become one, before anything is computed."""
+    path = Path(path)
+    if not next(found for found in (path, *path.absolute().parents) if found.exists()).is_dir():
+        raise ConfigError(f"{option} {path}: not a folder, nor can it become one")
