@@ -65,6 +65,9 @@ Model = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="folder of a saved model; without it, the small untrained demo model"),
 ]
+SkipBad = Annotated[
+    bool, typer.Option("--skip-bad", help="go on without lines of manifests that cannot be used, and count them")
+]
 Json = Annotated[bool, typer.Option("--json", help="print JSON, for scripts")]
 
 
@@ -160,9 +163,7 @@ def _train(
         typer.Argument(metavar="FIELD=VALUE", help="fields to set, as data.batch_frames=4000", show_default=False),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint")] = False,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="go on without lines of manifests that cannot be used, and count them")
-    ] = False,
+    skip_bad: SkipBad = False,
     json: Json = False,
 ) -> None:
     """Train a model on manifests of clips, prompts and answers."""
@@ -170,6 +171,50 @@ def _train(
     with screen.step("starting"):
         from mowe.cli.train import run
     run(config, [*(overrides or []), *(["data.skip_bad=true"] if skip_bad else [])], resume, screen)
+
+
+@app.command("evaluate")
+def _evaluate(
+    manifests: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="MANIFEST", help="JSONL files or saved datasets of clips with answers", show_default=False
+        ),
+    ],
+    model: Model = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="NAME,NAME", help="only these tasks; else all", show_default=False)
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TASK=METRIC",
+            help="wer, cer, accuracy, macro_f1 or exact_match, repeatable; after it a text form: asr=wer/english",
+            show_default=False,
+        ),
+    ] = None,
+    batch_frames: Annotated[int, typer.Option(min=1, metavar="N", help="frames of 20 ms answered together")] = 12_000,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="longest answer, in tokens")] = 128,
+    predictions: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="write the answers there, as JSONL", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="report, answers and a picture", show_default=False)
+    ] = None,
+    audiobench: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="write prediction files for AudioBench there", show_default=False),
+    ] = None,
+    skip_bad: SkipBad = False,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="run in 4 bits")] = False,
+    json: Json = False,
+) -> None:
+    """Ask a model about clips whose answers are known, and say how right it is, task by task."""
+    screen = _new_screen(json)
+    with screen.step("starting"):
+        from mowe.cli.evaluate import Outputs, run
+    outputs = Outputs(predictions, out, audiobench)
+    run(manifests, model, tasks, metric or [], batch_frames, max_new_tokens, outputs, skip_bad, load_in_4bit, screen)
 
 
 @app.command("info")

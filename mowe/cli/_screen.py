@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 T = TypeVar("T")
+
+_SHOWN_LINES = 5  # of those left out
 
 
 class Screen:
@@ -35,6 +37,13 @@ class Screen:
     def note(self, text: str) -> None:
         """One line the user should know, beside the result."""
         self._err.print(Text(f"note: {printable(text)}", style="yellow"), soft_wrap=True)
+
+    def left_out(self, lines: Sequence[str]) -> None:
+        """What was wrong with lines of manifests that were left out: the first few, and how many there are."""
+        for told in lines[:_SHOWN_LINES]:
+            self.note(f"left out: {told}")
+        if lines:
+            self.note(f"{len(lines)} lines of manifests were left out")
 
     @contextmanager
     def step(self, text: str) -> Iterator[None]:

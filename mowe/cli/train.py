@@ -16,8 +16,6 @@ from transformers.utils import logging
 from mowe.cli._screen import Counter, Screen, printable
 from mowe.training import TrainResult, read_config, train
 
-_SHOWN_SKIPPED = 5
-
 
 def run(config: Path, overrides: Sequence[str], resume: bool, screen: Screen) -> None:
     settings = read_config(config, overrides)
@@ -29,10 +27,7 @@ def run(config: Path, overrides: Sequence[str], resume: bool, screen: Screen) ->
     result = train(settings, resume, [_Report(screen)], screen.track)
     if not first:
         return
-    for told in result.skipped[:_SHOWN_SKIPPED]:
-        screen.note(f"left out: {told}")
-    if result.skipped:
-        screen.note(f"{len(result.skipped)} lines of manifests were left out")
+    screen.left_out(result.skipped)
     data = {"model": str(result.model), "stages": result.stages, "skipped": len(result.skipped)}
     screen.result(data, _table(result), Text(), Text(printable(f"saved in {result.model}")))
 

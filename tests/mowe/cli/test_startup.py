@@ -34,7 +34,7 @@ finally:
 
 def test_help_names_every_command() -> None:
     said = python("from mowe.cli import main; main()", "--help").stdout
-    assert all(f" {command} " in said for command in ("demo", "generate", "routes", "info"))
+    assert all(f" {command} " in said for command in ("demo", "evaluate", "generate", "routes", "train", "info"))
 
 
 def test_import_costs_little_beyond_torch_and_transformers() -> None:
