@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 import transformers
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from safetensors import safe_open
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import cached_file, logging
@@ -80,6 +81,29 @@ def read_model(
     with reading("the parameters"), _without_load_report():
         strict = {"output_loading_info": True, "use_safetensors": True, "ignore_mismatched_sizes": True}
         return from_pretrained(source, *args, **{**kwargs, **strict})
+
+
+class StoredTensor:
+    """A tensor of a safetensors file, read anew at every use and then held by nobody else.
+
+    transformers maps its files: what has been read of them stays in memory as long as anything of the file is used.
+    """
+
+    def __init__(self, file: str, name: str):
+        self.file, self.name = file, name
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        with safe_open(self.file, framework="pt") as file:
+            return file.get_slice(self.name)[index].clone()
+
+    @staticmethod
+    def all_of(files: Iterable[str]) -> dict[str, StoredTensor]:
+        """Those of the files, by name."""
+        tensors = {}
+        for path in files:
+            with safe_open(path, framework="pt") as file:
+                tensors |= {name: StoredTensor(path, name) for name in file.keys()}  # noqa: SIM118
+        return tensors
 
 
 def check_keys(

@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
 
 from mowe.audio import MIN_SAMPLES, AudioBatch
-from mowe.checkpoint import check_keys, check_source, load_pretrained_encoder, normalizes, read_model
+from mowe.checkpoint import StoredTensor, check_keys, check_source, load_pretrained_encoder, normalizes, read_model
 from mowe.configuration_mowe import MoweConfig
 from mowe.errors import AudioError, ConfigError, naming
 from mowe.families import ClipFeatures, EncoderFamily, family_class, find_encoder
@@ -79,6 +79,20 @@ class MowePreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: PreTrainedModel,
+        state_dict: dict | None,
+        checkpoint_files: list[str] | None,
+        load_config: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Where a model is quantised while it is read, tensors come one by one."""
+        quantizer = load_config.hf_quantizer
+        if quantizer is not None and not quantizer.pre_quantized and state_dict is None and checkpoint_files:
+            state_dict = StoredTensor.all_of(checkpoint_files)
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

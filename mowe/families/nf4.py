@@ -50,12 +50,9 @@ class Nf4StackedLinear(nn.Module):
         return self
 
 
-def quantize_linears(module: nn.Module, linear_class: type[nn.Module], double_quant: bool) -> None:
-    """Put every stacked linear layer of a module in 4 bits, one by one; on the meta device, only their shapes."""
-    for name, linear in list(module.named_modules()):
-        if type(linear) is linear_class:
-            weight = _quantize(linear.weight, double_quant)
-            module.set_submodule(name, Nf4StackedLinear(weight, linear.bias))
+def quantize_linear(model: nn.Module, name: str, linear: Any, double_quant: bool) -> None:
+    """Put one stacked linear layer of a model in 4 bits; on the meta device, only its shapes."""
+    model.set_submodule(name, Nf4StackedLinear(_quantize(linear.weight, double_quant), linear.bias))
 
 
 def layer_weights(linears: Sequence[Any], rows: Level) -> list[Tensor]:
