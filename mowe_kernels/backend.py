@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
-from mowe_kernels import csrc
+import torch
+from torch import Tensor
+
+from mowe_kernels import csrc, tables
 
 BACKENDS = ("reference", "triton")
+# Where several libraries can compute an op, a module of its own picks one.
+_CHOOSERS = {"varlen_attention": "mowe_kernels.attention"}
 
 # One for the whole process: autograd runs the backward of CUDA tensors in threads of its own.
 _forced: str | None = None
@@ -33,14 +42,43 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def implementation(op: str) -> ModuleType:
-    """The module that computes `op`: `mowe_kernels.<backend>.<op>`, plain torch unless `use_backend` says otherwise.
+def implementation(op: str, args: Sequence[Any] = ()) -> ModuleType:
+    """The module that computes `op` on these arguments: `mowe_kernels.<backend>.<op>`.
 
-    The Triton kernels have been run in Triton's interpreter alone, never on a GPU: until they have, nobody gets them
-    without asking. The ops of the compiled library have no Triton kernel; without that library they are plain torch.
+    What `use_backend` says; without, the Triton kernels for CUDA tensors on a device where they were found right (see
+    `mowe_kernels.tables`), plain torch otherwise. The ops of the compiled library have no Triton kernel; without that
+    library they are plain torch.
     """
     if op in csrc.OPS:
         backend = "csrc" if _forced is None and csrc.available() else "reference"
+    elif _forced is None and _measured(op, args):
+        return importlib.import_module(_CHOOSERS.get(op, f"mowe_kernels.triton.{op}"))
     else:
         backend = _forced or "reference"
     return importlib.import_module(f"mowe_kernels.{backend}.{op}")
+
+
+def _measured(op: str, args: Sequence[Any]) -> bool:
+    """Whether the kernels of the op were found right on the device, and take the type, of its first tensor."""
+    tensor = next((arg for arg in args if isinstance(arg, Tensor)), None)
+    if tensor is None or tensor.device.type != "cuda" or tensor.dtype == torch.float64:
+        return False
+    table = tables.of_device(tensor.device.index)
+    if table is None:
+        _tell(torch.cuda.get_device_name(tensor.device.index))
+        return False
+    return op in table.ops and _has_triton()
+
+
+@cache
+def _tell(device: str) -> None:
+    warnings.warn(
+        f"mowe_kernels runs in plain torch on {device}, where its kernels were not tried yet: "
+        "`python -m mowe_kernels.tune` tries them, once",
+        stacklevel=2,
+    )
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None

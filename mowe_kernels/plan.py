@@ -61,12 +61,14 @@ class Level:
 
     cu_seqlens: int32 [P+1], first row of each pair. group_offsets: int32 [E+1], first row of each encoder.
     num_rows: host upper bound of cu_seqlens[-1] (exact on the CPU). max_seqlen: host upper bound of the lengths.
+    equal_lengths: whether the host knows that every pair has max_seqlen rows or none, and that few have none.
     """
 
     cu_seqlens: Tensor
     group_offsets: Tensor
     num_rows: int
     max_seqlen: int
+    equal_lengths: bool = False
 
     @property
     def starts(self) -> Tensor:
@@ -84,6 +86,7 @@ class Level:
             self.group_offsets.clamp(start, stop) - start,
             stop - start,
             self.max_seqlen,
+            self.equal_lengths,
         )
 
 
@@ -156,6 +159,8 @@ class PackPlan:
         high = low + layout.num_encoders[index]
         slots = self.position.shape[1]
         repeats = min(slots, high - low)  # one clip cannot occupy more pairs of a family than it has encoders
+        # In a pool of several families most pairs of each are absent. A compiled graph must fit all lengths.
+        alike = len(layout.num_encoders) == 1 and not torch.compiler.is_compiling()
         levels = []
         for level in range(first, first + layout.num_levels[index]):
             cu_seqlens = self.cu_seqlens[level]
@@ -163,7 +168,8 @@ class PackPlan:
             if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
                 bound = int(cu_seqlens[-1])
             offsets = self.group_offsets[level, low : high + 1]
-            levels.append(Level(cu_seqlens, offsets, bound, max((0, *self.lengths[level]))))
+            lengths = self.lengths[level]
+            levels.append(Level(cu_seqlens, offsets, bound, max((0, *lengths)), alike and len(set(lengths)) == 1))
         return FamilyPlan(self.order // slots, self.encoder - low, tuple(levels))
 
 

@@ -22,11 +22,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def poisoned() -> Iterator[None]:
     """Fill every torch.empty with NaN (the largest value for integers), so that what a kernel forgets shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(before, warn_only=warn_only)
-    torch.utils.deterministic.fill_uninitialized_memory = fill
+    from mowe_kernels.tune.accuracy import poisoned
+
+    with poisoned():
+        yield

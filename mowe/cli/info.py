@@ -149,4 +149,5 @@ def _part_sum(parts: list[Part]) -> tuple[str, str, str, str]:
 
 
 def _backend() -> str:
-    return implementation("route_topk").__name__.split(".")[1]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return implementation("route_topk", [torch.empty(0, device=device)]).__name__.split(".")[1]

@@ -93,7 +93,9 @@ class StackedLayer(GradientCheckpointingLayer):
         h = self.attention_norm(x, rows) if self.pre_norm else x
         qkv = grouped_linear(h, qkv_weight, self._qkv_bias(), rows.group_offsets)
         heads = qkv.view(x.shape[0], 3, self.heads, -1)
-        attended = varlen_attention(heads, rows.cu_seqlens, rows.max_seqlen).flatten(1)
+        attended = varlen_attention(
+            heads, rows.cu_seqlens, rows.max_seqlen, equal_lengths=rows.equal_lengths
+        ).flatten(1)
         x = grouped_linear(attended, out_weight, self.out.bias, rows.group_offsets, residual=x)
         if self.pre_norm:
             return self._mlp(x, rows, mlp_weights, self.mlp_norm)

@@ -29,7 +29,7 @@ class Op:
         self.name = name
 
         def compute(*args: Any) -> Any:
-            return getattr(implementation(module), function)(*args)
+            return getattr(implementation(module, args), function)(*args)
 
         self._compute = compute
         self.op = torch.library.custom_op(

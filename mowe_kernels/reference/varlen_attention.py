@@ -14,7 +14,9 @@ from mowe_kernels.reference._rows import assemble, clear_tail, groups
 _SCORES = 1 << 22
 
 
-def forward(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, save_lse: bool) -> tuple[Tensor, Tensor]:
+def forward(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, save_lse: bool, equal_lengths: bool = False
+) -> tuple[Tensor, Tensor]:
     rows, _, heads, head_dim = qkv.shape
     if not save_lse:
         attended = ((seq, _attend(qkv[seq], scale)) for _, seq in groups(cu_seqlens))
@@ -39,7 +41,14 @@ def forward(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, save
 
 
 def backward(
-    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    equal_lengths: bool = False,
 ) -> Tensor:
     grad_qkv = qkv.new_empty(qkv.shape)
     if _fused(qkv):

@@ -6,22 +6,43 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cache
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mowe_kernels import tables
 from mowe_kernels.triton._compilation import Compilation
 
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 
 
+COMPUTES_IN = (torch.float16, torch.bfloat16, torch.float32)
+
+
 class Hardware(NamedTuple):
-    """capability: 80, 86, 89, 90, 100. num_sms: multiprocessors. shared: bytes of shared memory a program may use."""
+    """capability: 80, 86, 89, 90, 100. num_sms: multiprocessors. shared: bytes of shared memory a program may use.
+
+    tuned: by "<name>, <key>", the launch settings that were measured to be faster than those chosen without.
+    """
 
     capability: int
     num_sms: int
     shared: int
+    tuned: Mapping[str, Any] = MappingProxyType({})
+
+
+class Tuning(NamedTuple):
+    """A launch setting worth measuring: its name, the key it is looked up by, and what to try.
+
+    call: runs the kernel on tensors of a real size, as it is set, and gives its result.
+    """
+
+    name: str
+    key: str
+    candidates: tuple[Any, ...]
+    call: Callable[[], Tensor]
 
 
 # Of each architecture: what launch settings are chosen for when there is no device to ask.
@@ -34,6 +55,7 @@ ARCHITECTURES = {
 }
 
 # For the whole process: autograd runs the backward of CUDA tensors in threads of its own.
+_UNTUNED = object()
 _state: dict[str, Any] = {"hardware": None, "settings": {}, "launches": None}
 
 
@@ -68,9 +90,20 @@ def record(capability: int) -> Iterator[list[Compilation]]:
         yield launches
 
 
-def setting(name: str, default: Any) -> Any:
-    """A launch setting: the one `override` asks for, or what the op's table gives."""
-    return _state["settings"].get(name, default)
+def setting(
+    name: str, default: Any, device: Hardware | None = None, key: str = "", kind: Callable[..., Any] | None = None
+) -> Any:
+    """A launch setting: the one `override` asks for, or the one that was measured on the device to be the best for
+    `key`, or what the op's table gives.
+
+    kind: what to make of the values of a measured one; the default's own type without.
+    """
+    if name in _state["settings"]:
+        return _state["settings"][name]
+    measured = device.tuned.get(f"{name}, {key}", _UNTUNED) if device is not None and device.tuned else _UNTUNED
+    if measured is _UNTUNED:
+        return default
+    return (kind or type(default))(*measured) if isinstance(measured, list) else measured
 
 
 def hardware(device: torch.device) -> Hardware:
@@ -85,13 +118,15 @@ def _query(index: int) -> Hardware:
     properties = torch.cuda.get_device_properties(index)
     # 12.x has the matrix instructions and the shared memory of 8.9, not those of 9.0 and 10.0.
     capability = 89 if properties.major >= 12 else 10 * properties.major + properties.minor
-    return Hardware(capability, properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    shared = properties.shared_memory_per_block_optin
+    table = tables.of_device(index)
+    return Hardware(capability, properties.multi_processor_count, shared, table.settings if table else {})
 
 
 def check_dtypes(op: str, *tensors: Tensor | None) -> None:
     """Raise ValueError unless all the tensors there are share one of the types the kernels compute in."""
     dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
-    if len(dtypes) != 1 or not dtypes <= {torch.float16, torch.bfloat16, torch.float32}:
+    if len(dtypes) != 1 or not dtypes <= set(COMPUTES_IN):
         got = ", ".join(sorted(str(dtype) for dtype in dtypes))
         raise ValueError(f"{op}: the Triton kernels take one type of float16, bfloat16 and float32, got {got}")
 

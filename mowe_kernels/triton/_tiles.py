@@ -20,7 +20,8 @@ def fitted_tile(name: str, table: Table, rows: int, cols: int, depth: int, like:
     device = hardware(like.device)
     large, small = newest(table, device, like.dtype)
     starved = triton.cdiv(rows, large.rows) * triton.cdiv(cols, large.cols) * products < device.num_sms
-    tile = setting(name, small if starved else large)
+    key = f"{8 * like.itemsize} bits, {'few' if starved else 'many'} blocks"
+    tile = setting(name, small if starved else large, device, key)
     narrow = at_most(tile.cols, cols)
     warps = tile.warps if narrow == tile.cols else max(4, tile.warps // 2)
     return tile._replace(cols=narrow, depth=at_most(tile.depth, depth), warps=warps)

@@ -12,9 +12,9 @@ from torch import Tensor
 from mowe_kernels.triton import _conv1d
 from mowe_kernels.triton._compilation import Compilation
 from mowe_kernels.triton._epilogue import activation_backward
-from mowe_kernels.triton._launch import check_dtypes, contiguous, hardware, launch, recorded, setting
+from mowe_kernels.triton._launch import Tuning, check_dtypes, contiguous, hardware, launch, recorded, setting
 from mowe_kernels.triton._tiles import at_most, fitted_tile
-from mowe_kernels.triton.grouped_linear import Tile, newest
+from mowe_kernels.triton.grouped_linear import CANDIDATES, Tile, newest
 
 # By bits of the type and capability, as those of `grouped_linear`: for the forward pass and the gradient of the input.
 # Two programs of the large block fit a Hopper multiprocessor; before, Triton keeps one stage less in shared memory.
@@ -132,7 +132,7 @@ def _grad_weight(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     encoders, n, taps, channels = weight.shape
     device = hardware(x.device)
-    tile = setting("conv_weight_tile", newest(WEIGHT_TILES, device, x.dtype))
+    tile = setting("conv_weight_tile", newest(WEIGHT_TILES, device, x.dtype), device, f"{8 * x.itemsize} bits")
     tile = tile._replace(rows=at_most(tile.rows, n // groups), cols=at_most(tile.cols, taps * channels))
     tiles = encoders * groups * triton.cdiv(n // groups, tile.rows) * triton.cdiv(taps * channels, tile.cols)
     splits = setting("conv_weight_splits", max(1, WEIGHT_PROGRAMS_PER_SM * device.num_sms // tiles))
@@ -175,6 +175,25 @@ LAYERS = {
     "hubert conv1": (512, 512, 3, 2, 0, 1, ("gelu",)),
     "hubert positional": (768, 768, 128, 1, 64, 16, ("bias", "gelu", "residual")),
 }
+
+
+def tunings(device: torch.device, rows: int) -> Iterator[Tuning]:
+    """The second convolution of Whisper-tiny over eight sequences, and the gradient of its weight."""
+    each = rows // 8
+    x, out = (torch.randn(n, 384, dtype=torch.bfloat16, device=device) for n in (16 * each, 8 * each))
+    weight = torch.randn(8, 384, 3, 384, dtype=x.dtype, device=device) / 30
+    encoder = torch.arange(8, dtype=torch.int32, device=device)
+    cu_seqlens = torch.arange(9, dtype=torch.int32, device=device) * each
+    clips = encoder * 2 * each, torch.full_like(encoder, 2 * each), encoder, cu_seqlens
+
+    def convolve() -> Tensor:
+        return forward(x, weight, None, *clips, None, None, 8 * each, 2, 1, 1, "gelu", False)[0]
+
+    def weigh() -> Tensor:
+        return backward(out, x, weight, *clips, None, out, 2, 1, 1, "", False, True, False, False)[1]
+
+    yield Tuning("conv_tile", "16 bits, many blocks", CANDIDATES, convolve)
+    yield Tuning("conv_weight_tile", "16 bits", CANDIDATES, weigh)
 
 
 def compilations(capability: int) -> Iterator[Compilation]:

@@ -14,6 +14,7 @@ from mowe_kernels.triton import _gemm
 from mowe_kernels.triton._compilation import Compilation
 from mowe_kernels.triton._launch import (
     Hardware,
+    Tuning,
     cdiv,
     check_dtypes,
     contiguous,
@@ -50,6 +51,18 @@ WGRAD_TILES = {
     (16, 80): Tile(128, 128, 32, 8, 3),
     (32, 80): Tile(128, 64, 16, 8, 3),
 }
+# What `tunings` tries, of this op and of those that multiply alike.
+CANDIDATES = (
+    Tile(128, 128, 64, 8, 3),
+    Tile(128, 128, 64, 8, 4),
+    Tile(128, 128, 64, 4, 3),
+    Tile(128, 256, 64, 8, 3),
+    Tile(256, 128, 64, 8, 3),
+    Tile(128, 64, 64, 4, 4),
+    Tile(64, 128, 64, 4, 4),
+    Tile(128, 128, 32, 8, 3),
+)
+FEW_CANDIDATES = (Tile(64, 64, 64, 4, 4), Tile(64, 64, 64, 4, 6), Tile(64, 128, 64, 4, 4), Tile(64, 32, 128, 4, 4))
 TMA_SINCE = 90  # capability from which blocks are fetched through descriptors
 WGRAD_PROGRAMS_PER_SM = 4
 WGRAD_MIN_CHUNK = 512
@@ -157,7 +170,7 @@ def wgrad(
     if not (need_weight or need_bias):
         return grad_weight, grad_bias
     device = hardware(g.device)
-    tile = setting("wgrad_tile", newest(WGRAD_TILES, device, g.dtype))
+    tile = setting("wgrad_tile", newest(WGRAD_TILES, device, g.dtype), device, f"{8 * g.itemsize} bits")
     tiles = cdiv(n, tile.rows) * (need_weight * cdiv(k, tile.cols) + need_bias)
     chunks = cdiv(WGRAD_PROGRAMS_PER_SM * device.num_sms, tiles)
     chunk = setting("wgrad_chunk", max(cdiv(rows, chunks), WGRAD_MIN_CHUNK))
@@ -204,7 +217,8 @@ def gemm_tile(device: Hardware, dtype: torch.dtype, rows: int, cols: int) -> Til
     """The block of a program for an output [rows, cols]."""
     large, small = newest(TILES, device, dtype)
     starved = cdiv(rows, large.rows) * cdiv(cols, large.cols) < device.num_sms
-    return setting("gemm_tile", small if starved else large)
+    key = f"{8 * dtype.itemsize} bits, {'few' if starved else 'many'} blocks"
+    return setting("gemm_tile", small if starved else large, device, key)
 
 
 def newest(table: dict[tuple[int, int], Any], device: Hardware, dtype: torch.dtype) -> Any:
@@ -228,6 +242,23 @@ def operands(device: Hardware, *blocked: tuple[Tensor, tuple[int, int]]) -> tupl
 def _fits_descriptor(matrix: Tensor) -> bool:
     aligned = matrix.data_ptr() % 16 == 0 and matrix.shape[-1] * matrix.itemsize % 16 == 0
     return matrix.itemsize == 2 and aligned and matrix.numel() > 0
+
+
+def tunings(device: torch.device, rows: int) -> Iterator[Tuning]:
+    """The first linear layer of a Whisper-tiny's feed-forward half over packed rows, and the gradient of its weight."""
+    rows = rows // 8 * 8
+    x, hidden = (torch.randn(rows, n, dtype=torch.bfloat16, device=device) for n in (384, 1536))
+    weight = torch.randn(8, 1536, 384, dtype=torch.bfloat16, device=device) / 20
+    bias = weight[:, :, 0].contiguous()
+    offsets = torch.arange(9, dtype=torch.int32, device=device) * (rows // 8)
+
+    def multiply(x: Tensor, offsets: Tensor) -> Tensor:
+        return forward(x, weight, bias, offsets, None, None, "gelu", False)[0]
+
+    yield Tuning("gemm_tile", "16 bits, many blocks", CANDIDATES, partial(multiply, x, offsets))
+    few = partial(multiply, x[: rows // 128], offsets // 128)
+    yield Tuning("gemm_tile", "16 bits, few blocks", FEW_CANDIDATES, few)
+    yield Tuning("wgrad_tile", "16 bits", CANDIDATES, lambda: wgrad(hidden, x, weight, offsets, True, True)[0])
 
 
 def compilations(capability: int) -> Iterator[Compilation]:

@@ -13,6 +13,7 @@ from mowe_kernels.triton import _mlp, grouped_layer_norm
 from mowe_kernels.triton._compilation import Compilation
 from mowe_kernels.triton._launch import (
     Hardware,
+    Tuning,
     check_dtypes,
     contiguous,
     hardware,
@@ -135,11 +136,28 @@ def fused_block(device: Hardware, x: Tensor) -> Block | None:
     """The block of the fused kernel for rows x [R, D], None where the parts are launched one by one."""
     blocks = newest(FUSED, device, x.dtype)
     width = min((width for width in blocks if width >= x.shape[1]), default=None)
-    return setting("mlp_block", blocks.get(width))
+    return setting("mlp_block", blocks.get(width), device, f"{8 * x.itemsize} bits, width {x.shape[1]}", Block)
 
 
 def _normed(x: Tensor, weight: Tensor | None, bias: Tensor | None, group_offsets: Tensor, eps: float) -> Tensor:
     return x if weight is None else grouped_layer_norm.forward(x, weight, bias, group_offsets, eps, "")
+
+
+def tunings(device: torch.device, rows: int) -> Iterator[Tuning]:
+    """The feed-forward halves of small encoders, fused in several ways, and in parts (None)."""
+    candidates = tuple(
+        Block(block_rows, hidden, 128, warps, stages)
+        for block_rows, hidden, warps, stages in (
+            (128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 3)
+        )
+    )  # fmt: skip
+    offsets = torch.arange(9, dtype=torch.int32, device=device) * (rows // 8)
+    for d in (384, 512):
+        x = torch.randn(rows // 8 * 8, d, dtype=torch.bfloat16, device=device)
+        up, down = (torch.randn(8, *s, dtype=x.dtype, device=device) / 20 for s in ((4 * d, d), (d, 4 * d)))
+        norm, hidden = down[:, :, 0].contiguous(), up[:, :, 0].contiguous()
+        call = partial(forward, x, norm, norm, up, hidden, down, norm, offsets, 1e-5)
+        yield Tuning("mlp_block", f"16 bits, width {d}", (*candidates, None), call)
 
 
 def compilations(capability: int) -> Iterator[Compilation]:

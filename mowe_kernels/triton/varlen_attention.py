@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,11 +18,23 @@ import triton.language as tl
 from torch import Tensor
 
 from mowe_kernels.triton._compilation import Compilation
-from mowe_kernels.triton._launch import check_dtypes, contiguous, hardware, launch, next_power_of_2, recorded, setting
+from mowe_kernels.triton._launch import (
+    COMPUTES_IN,
+    Hardware,
+    Tuning,
+    check_dtypes,
+    contiguous,
+    hardware,
+    launch,
+    next_power_of_2,
+    recorded,
+    setting,
+)
 from mowe_kernels.triton._sequences import find_sequence
 
 LOG2E = tl.constexpr(math.log2(math.e))
 RUNTIME = ["num_rows", "sequences"]
+MOST_COLUMNS = 128  # of a head
 
 
 @triton.jit
@@ -288,17 +301,31 @@ SETTINGS = {
 }
 
 
-def choose(kernel: str, dtype: torch.dtype, head_dim: int, capability: int) -> Settings:
+# What `tunings` tries.
+CANDIDATES = {
+    "forward": tuple(
+        Settings(*s)
+        for s in ((128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3), (64, 64, 4, 3), (128, 32, 4, 4))
+    ),
+    "queries": tuple(Settings(*s) for s in ((128, 64, 8, 2), (128, 64, 4, 2), (64, 64, 4, 2), (128, 32, 8, 3))),
+    "keys": tuple(Settings(*s) for s in ((64, 128, 8, 2), (32, 128, 8, 2), (64, 64, 4, 2), (32, 128, 4, 3))),
+}
+
+
+def choose(kernel: str, dtype: torch.dtype, head_dim: int, device: Hardware) -> Settings:
     """Launch settings of the "forward", "queries" or "keys" kernel."""
+    capability = device.capability
     unit = "scalar" if dtype == torch.float32 else "warpgroup" if capability >= 90 else "warp"
     narrow, wide = SETTINGS[unit][kernel]
     chosen = wide if head_dim > 64 else narrow
     if unit == "warp" and kernel == "queries" and head_dim > 64 and (capability > 80 or head_dim == 96):
         chosen = chosen._replace(num_stages=2)  # a third stage takes registers that these need, and some spill
-    return setting(f"attention_{kernel}", chosen)
+    return setting(f"attention_{kernel}", chosen, device, f"{8 * dtype.itemsize} bits, heads of {head_dim}")
 
 
-def forward(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, save_lse: bool) -> tuple[Tensor, Tensor]:
+def forward(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, save_lse: bool, equal_lengths: bool = False
+) -> tuple[Tensor, Tensor]:
     rows, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(rows, heads, head_dim)
     lse = qkv.new_empty(heads, rows, dtype=torch.float32) if save_lse else None
@@ -308,7 +335,14 @@ def forward(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, save
 
 
 def backward(
-    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    equal_lengths: bool = False,
 ) -> Tensor:
     grad, qkv, cu_seqlens = contiguous(grad, qkv, cu_seqlens)
     grad_qkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
@@ -319,15 +353,21 @@ def backward(
     return grad_qkv
 
 
+def supports(qkv: Tensor, max_seqlen: int, scale: float, equal_lengths: bool) -> bool:
+    return qkv.dtype in COMPUTES_IN and qkv.shape[-1] <= MOST_COLUMNS and scale > 0
+
+
 def _launch(name: str, kernel: Any, pointers: tuple, qkv: Tensor, cu_seqlens: Tensor, scale: float) -> None:
     check_dtypes("varlen_attention", qkv)
     rows, _, heads, head_dim = qkv.shape
-    if head_dim > 128:
-        raise ValueError(f"varlen_attention: the Triton kernels take heads of at most 128 columns, got {head_dim}")
+    if head_dim > MOST_COLUMNS:
+        raise ValueError(
+            f"varlen_attention: the Triton kernels take heads of at most {MOST_COLUMNS} columns, got {head_dim}"
+        )
     if scale <= 0:
         raise ValueError(f"varlen_attention: the Triton kernels take a positive scale, got {scale}")
     sequences = cu_seqlens.shape[0] - 1
-    settings = choose(name, qkv.dtype, head_dim, hardware(qkv.device).capability)
+    settings = choose(name, qkv.dtype, head_dim, hardware(qkv.device))
     tile = settings.block_n if name == "keys" else settings.block_m
     launch(
         kernel, (rows // tile + sequences) * heads if sequences else 0, *pointers, rows, sequences, scale,
@@ -335,6 +375,24 @@ def _launch(name: str, kernel: Any, pointers: tuple, qkv: Tensor, cu_seqlens: Te
         BLOCK_N=settings.block_n, num_warps=settings.num_warps, num_stages=settings.num_stages,
         matmul=qkv.dtype != torch.float32,
     )  # fmt: skip
+
+
+def tunings(device: torch.device, rows: int) -> Iterator[Tuning]:
+    """Six heads over eight sequences."""
+    cu_seqlens = torch.arange(9, dtype=torch.int32, device=device) * (rows // 8)
+    for head_dim in (64, 80):
+        qkv = torch.randn(rows // 8 * 8, 3, 6, head_dim, dtype=torch.bfloat16, device=device)
+        arguments = cu_seqlens, rows // 8, head_dim**-0.5
+        key = f"16 bits, heads of {head_dim}"
+
+        def attend(qkv: Tensor = qkv, arguments: tuple = arguments) -> Tensor:
+            return forward(qkv, *arguments, False)[0]
+
+        yield Tuning("attention_forward", key, CANDIDATES["forward"], attend)
+        out, lse = forward(qkv, *arguments, True)
+        call = partial(backward, out, qkv, out, lse, *arguments)
+        yield Tuning("attention_queries", key, CANDIDATES["queries"], call)
+        yield Tuning("attention_keys", key, CANDIDATES["keys"], call)
 
 
 def compilations(capability: int) -> Iterator[Compilation]:

@@ -6,9 +6,12 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mowe_kernels
+from mowe_kernels import backend, tables
 from mowe_kernels.backend import implementation
+from mowe_kernels.tables import DeviceTable
 from tests.mowe_kernels.checks import int32, normal, raises
 
 
@@ -77,3 +80,45 @@ def test_an_error_restores_what_was(spy):
 def test_an_unknown_backend():
     with raises("unknown backend 'cuda'", "reference, triton"), mowe_kernels.use_backend("cuda"):
         pass
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path) -> DeviceTable:
+    """A GPU that is not there, and the table of it, in the user's folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some GPU")
+    for cached in (tables.of_device, backend._tell):
+        cached.cache_clear()
+    yield DeviceTable("Some GPU", ("grouped_linear", "varlen_attention"))
+    tables.of_device.cache_clear()
+
+
+def on_gpu(dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor | None]:
+    with FakeTensorMode():
+        return [None, torch.empty(2, device="cuda", dtype=dtype)]
+
+
+def test_the_kernels_compute_what_a_table_says_they_compute_rightly(gpu):
+    gpu.write(tables.user_folder())
+    assert implementation("grouped_linear", on_gpu()).__name__ == "mowe_kernels.triton.grouped_linear"
+    assert implementation("varlen_attention", on_gpu()).__name__ == "mowe_kernels.attention"
+    assert implementation("sequence_norm", on_gpu()).__name__ == "mowe_kernels.reference.sequence_norm"
+    assert implementation("grouped_linear", on_gpu(torch.float64)).__name__ == "mowe_kernels.reference.grouped_linear"
+    assert implementation("grouped_linear", [torch.empty(2)]).__name__ == "mowe_kernels.reference.grouped_linear"
+    with mowe_kernels.use_backend("reference"):
+        assert implementation("grouped_linear", on_gpu()).__name__ == "mowe_kernels.reference.grouped_linear"
+    with mowe_kernels.use_backend("triton"):
+        assert implementation("varlen_attention", on_gpu()).__name__ == "mowe_kernels.triton.varlen_attention"
+
+
+def test_a_gpu_without_a_table_says_once_how_to_get_the_kernels(gpu, recwarn):
+    for op in ("grouped_linear", "sequence_norm"):
+        assert implementation(op, on_gpu()).__name__ == f"mowe_kernels.reference.{op}"
+    (said,) = recwarn
+    assert "Some GPU" in str(said.message) and "python -m mowe_kernels.tune" in str(said.message)
+
+
+def test_a_gpu_without_triton(gpu, monkeypatch):
+    gpu.write(tables.user_folder())
+    monkeypatch.setattr(backend, "_has_triton", lambda: False)
+    assert implementation("grouped_linear", on_gpu()).__name__ == "mowe_kernels.reference.grouped_linear"

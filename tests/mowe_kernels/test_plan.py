@@ -161,3 +161,16 @@ def test_says_what_does_not_fit():
         PackPlan.build(torch.tensor([[0], [1]]), [[1, 2, 3], [1, 2, 3]], layout)
     with raises("level_bounds", "[1, 2]", "got [2, 2]"):
         PackPlan.build(torch.tensor([[0], [1]]), [[1, 2]], layout)
+
+
+@pytest.mark.parametrize(
+    ("families", "lengths", "equal"),
+    [([0, 0], [5, 5], True), ([0, 0], [5, 4], False), ([0, 1], [5, 5], False), ([0, 0], [0, 0], True)],
+)
+def test_lengths_known_to_be_equal(families, lengths, equal):
+    """In a pool of one family alone: in one of several most pairs of each are absent."""
+    levels = [1] * (max(families) + 1)
+    layout = PackLayout.build(families, levels)
+    plan = PackPlan.build(torch.tensor([[0, 1], [1, -1]]), [lengths] * len(levels), layout)
+    assert plan.family(0).rows.equal_lengths == equal
+    assert all(part.rows.equal_lengths == equal for part in plan.family(0).by_encoder())

@@ -1,0 +1,106 @@
+"""What was measured on a device: which kernels were found right there, and the launch settings that were fastest.
+
+`python -m mowe_kernels.tune` makes such a table. Those of this folder come with the package; the user's own, in the
+cache directory, go before them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGED = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """Who computes attention fastest, forward and backward, for heads of `head_dim` columns and 16-bit elements.
+
+    longest: the choice is for sequences of at most so many rows, None for those of any length. equal_lengths: for
+    sequences that are all of one length.
+    """
+
+    head_dim: int
+    longest: int | None
+    equal_lengths: bool
+    forward: str
+    backward: str
+
+
+@dataclass(frozen=True)
+class DeviceTable:
+    """device: its name as torch gives it. made_with: versions. ops: the ops whose kernels are right on it.
+
+    settings: by "<name of the setting>, <key>", a launch setting that is faster than the one chosen without a table.
+    """
+
+    device: str
+    ops: tuple[str, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    attention: tuple[AttentionChoice, ...] = ()
+    made_with: Mapping[str, str] = field(default_factory=dict)
+
+    def attention_of(self, head_dim: int, longest: int, equal_lengths: bool) -> AttentionChoice | None:
+        """The first choice that covers this case; without one of its own, equal lengths are lengths like others."""
+        for equal in (True, False) if equal_lengths else (False,):
+            for choice in self.attention:
+                fits = choice.longest is None or longest <= choice.longest
+                if choice.head_dim == head_dim and choice.equal_lengths == equal and fits:
+                    return choice
+        return None
+
+    def write(self, folder: Path) -> Path:
+        """Write the table into a folder, which is made where it is missing; the file's path."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / file_name(self.device)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        partial.replace(path)
+        return path
+
+
+def user_folder() -> Path:
+    """Where the user's own tables lie."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mowe_kernels"
+
+
+def file_name(device: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
+
+
+@cache
+def of_device(index: int) -> DeviceTable | None:
+    """The table of a CUDA device, None where it has none."""
+    return of_name(torch.cuda.get_device_name(index))
+
+
+def of_name(device: str) -> DeviceTable | None:
+    """The table of the devices of a name. Raises ValueError for a file that is not a table."""
+    for folder in (user_folder(), PACKAGED):
+        path = folder / file_name(device)
+        if path.is_file():
+            return read(path)
+    return None
+
+
+def read(path: Path) -> DeviceTable:
+    """Raises ValueError, naming the file, where it is not a table."""
+    try:
+        entries = json.loads(path.read_text())
+        choices = tuple(AttentionChoice(**choice) for choice in entries.pop("attention"))
+        table = DeviceTable(**entries | {"ops": tuple(entries["ops"])}, attention=choices)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        known = ", ".join(f.name for f in fields(DeviceTable))
+        raise ValueError(
+            f"{path}: expected a table of {known} as `python -m mowe_kernels.tune` writes it ({error}); "
+            "delete the file or make it anew"
+        ) from None
+    return table

@@ -1,0 +1,195 @@
+"""What every op is tried on: layers of an encoder, an empty group and rows of nobody among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import mowe_kernels as mk
+from mowe_kernels.tune.accuracy import Inputs
+
+TAIL = 5  # rows of nobody
+
+
+@dataclass(frozen=True)
+class Size:
+    """rows: of each encoder, one sequence each. width, hidden, heads: of the encoders. channels: of their input."""
+
+    rows: tuple[int, ...] = (700, 0, 513, 129)
+    width: int = 384
+    hidden: int = 1536
+    heads: int = 6
+    channels: int = 80
+
+    @property
+    def total(self) -> int:
+        return sum(self.rows)
+
+
+class Case(NamedTuple):
+    """op: gives a tensor. inputs: float64. rows: how many rows of the result belong to somebody. frozen: inputs without
+    a gradient. same: gives integer tensors that must be those of plain torch to the bit.
+    """
+
+    op: Callable[..., Tensor]
+    inputs: Inputs
+    rows: int
+    frozen: tuple[str, ...] = ()
+    same: Callable[[], tuple[Tensor, ...]] | None = None
+
+
+def cases(size: Size, device: torch.device) -> dict[str, list[Case]]:
+    """By op, on a device."""
+    made = _Maker(size, device)
+    return {
+        "grouped_linear": [made.linear(), made.linear(("bias",), "gelu"), made.linear(("bias", "residual"))],
+        "grouped_layer_norm": [made.layer_norm("gelu")],
+        "grouped_mlp": [made.mlp(size.width), made.mlp(2 * size.width)],
+        "varlen_attention": [made.attention(size.heads), made.attention(max(1, size.heads // 2))],
+        "grouped_conv1d": [
+            made.conv(size.channels, 3, 2, 1, 1, ("bias", "positions")),
+            made.conv(size.width, 4, 1, 2, 2, ("bias", "residual")),
+        ],
+        "sequence_norm": [made.sequence_norm()],
+        "sequence_mean": [made.sequence_mean()],
+        "mixture_project": [made.project(3, 2, 1), made.project(4, 4, 0)],
+        "route_topk": [made.route()],
+        "pack_plan": [made.plan()],
+    }
+
+
+class _Maker:
+    def __init__(self, size: Size, device: torch.device):
+        self.size, self.device = size, device
+        self.random = torch.Generator().manual_seed(0)
+
+    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return scale * torch.randn(shape, generator=self.random, dtype=torch.float64).to(self.device)
+
+    def packed(self, *widths: int) -> Tensor:
+        rows = self.normal(self.size.total + TAIL, *widths)
+        rows[self.size.total :] = torch.nan
+        return rows
+
+    def int32(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+    @property
+    def offsets(self) -> Tensor:
+        return self.int32([0, *accumulate(self.size.rows)])
+
+    def linear(self, epilogue: tuple[str, ...] = (), activation: str = "") -> Case:
+        (e, d, n), offsets = (len(self.size.rows), self.size.width, self.size.hidden), self.offsets
+        inputs = {"x": self.packed(d), "weight": self.normal(e, n, d, scale=d**-0.5), "bias": None, "residual": None}
+        values = {"bias": self.normal(e, n), "residual": self.packed(n)}
+        inputs |= {name: values[name] for name in epilogue}
+
+        def op(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+            return mk.grouped_linear(x, weight, bias, offsets, activation=activation, residual=residual)
+
+        return Case(op, inputs, self.size.total)
+
+    def layer_norm(self, activation: str) -> Case:
+        e, d = len(self.size.rows), self.size.width
+        inputs = {"x": self.packed(d), "weight": self.normal(e, d), "bias": self.normal(e, d)}
+        op = partial(mk.grouped_layer_norm, group_offsets=self.offsets, activation=activation)
+        return Case(op, inputs, self.size.total)
+
+    def mlp(self, d: int) -> Case:
+        e, f = len(self.size.rows), self.size.hidden
+        inputs = {
+            "x": self.packed(d), "norm_weight": self.normal(e, d), "norm_bias": self.normal(e, d),
+            "fc1_weight": self.normal(e, f, d, scale=d**-0.5), "fc1_bias": self.normal(e, f),
+            "fc2_weight": self.normal(e, d, f, scale=f**-0.5), "fc2_bias": self.normal(e, d),
+        }  # fmt: skip
+        return Case(partial(mk.grouped_mlp, group_offsets=self.offsets), inputs, self.size.total)
+
+    def attention(self, heads: int) -> Case:
+        inputs = {"qkv": self.packed(3, heads, self.size.width // heads)}
+        op = partial(mk.varlen_attention, cu_seqlens=self.offsets, max_seqlen=max(self.size.rows))
+        return Case(op, inputs, self.size.total)
+
+    def conv(self, c: int, taps: int, stride: int, padding: int, groups: int, epilogue: tuple[str, ...]) -> Case:
+        lengths, (e, n) = self.size.rows, (len(self.size.rows), self.size.width)
+        frames = [(t + 2 * padding - taps) // stride + 1 if t else 0 for t in lengths]
+        total = sum(frames)
+        inputs = {
+            "x": self.packed(c), "weight": self.normal(e, n, taps, c // groups, scale=(taps * c) ** -0.5),
+            "bias": self.normal(e, n), "positions": None, "residual": None,
+        }  # fmt: skip
+        values = {
+            "bias": inputs["bias"],
+            "positions": self.normal(e, max(frames), n),
+            "residual": self.normal(total, n),
+        }
+        inputs |= {name: values[name] for name in epilogue}
+        op = partial(
+            mk.grouped_conv1d, starts=self.offsets[:-1], lengths=self.int32([*lengths]),
+            encoder=self.int32([*range(e)]), cu_seqlens=self.int32([0, *accumulate(frames)]), num_rows=total,
+            stride=stride, padding=padding, groups=groups, activation="gelu",
+        )  # fmt: skip
+        return Case(op, inputs, total)
+
+    def sequence_norm(self) -> Case:
+        e, n = len(self.size.rows), self.size.width
+        inputs = {"x": self.packed(n), "weight": self.normal(e, n), "bias": self.normal(e, n)}
+        encoder = self.int32([*range(e)])
+        op = partial(mk.sequence_norm, encoder=encoder, cu_seqlens=self.offsets, activation="gelu")
+        return Case(op, inputs, self.size.total)
+
+    def sequence_mean(self) -> Case:
+        op = partial(mk.sequence_mean, starts=self.offsets[:-1], lengths=self.int32([*self.size.rows]))
+        return Case(op, {"x": self.packed(self.size.width)}, len(self.size.rows))
+
+    def project(self, taps: int, stride: int, padding: int) -> Case:
+        """Clip b has as many frames as encoder b has rows, and chose encoder b and the one after it."""
+        lengths, (e, d) = self.size.rows, (len(self.size.rows), self.size.width)
+        base_width, n = self.size.channels, self.size.hidden
+        indices = torch.tensor([[b, (b + 1) % e] for b in range(e)])
+        plan = mk.PackPlan.build(indices, [lengths], mk.PackLayout.build([0] * e, [1]))
+        rows = plan.family(0).rows
+        frames = [max(0, (t + 2 * padding - taps) // stride + 1) if t else 0 for t in lengths]
+        inputs = {
+            "base": self.packed(base_width), "rows": self.normal(rows.num_rows, d), "weights": self.normal(e, 2),
+            "base_weight": self.normal(n, taps, base_width, scale=(taps * base_width) ** -0.5),
+            "row_weights": self.normal(2, n, taps, d, scale=(taps * d) ** -0.5), "bias": self.normal(n),
+        }  # fmt: skip
+        clock = mk.FrameClock(320, 0)
+        layout = {
+            "base_starts": self.offsets[:-1], "base_lengths": self.int32([*lengths]),
+            "row_offsets": [rows.cu_seqlens.to(self.device)], "position": plan.position.to(self.device),
+            "base_clock": clock, "row_clocks": [clock], "cu_seqlens": self.int32([0, *accumulate(frames)]),
+            "num_rows": sum(frames), "stride": stride, "padding": padding, "activation": "gelu",
+        }  # fmt: skip
+
+        def op(rows: Tensor, row_weights: Tensor, **others: Tensor) -> Tensor:
+            return mk.mixture_project(rows=[rows], row_weights=[row_weights], **others, **layout)
+
+        return Case(op, inputs, sum(frames), frozen=("weights",))
+
+    def route(self) -> Case:
+        batch, e = 33, 8
+        layout = {
+            "lengths": self.int32([*range(2 * batch)]).view(2, batch), "rank": self.int32([*reversed(range(e))]),
+            "level_bounds": self.int32([0, e, e // 2, e]).view(2, 2), "top_k": 2, "top_k_independent": 1,
+        }  # fmt: skip
+        inputs = {"logits": self.normal(batch, e), "learned_logits": self.normal(e)}
+        ties = {name: value.round().float() for name, value in inputs.items()}
+
+        def same() -> tuple[Tensor, ...]:
+            _, indices, plan = mk.route_topk(**ties, **layout)
+            return indices, *plan
+
+        return Case(lambda **logits: mk.route_topk(**logits, **layout)[0], inputs, batch, same=same)
+
+    def plan(self) -> Case:
+        indices = torch.randint(-1, 8, (33, 3), generator=self.random).to(self.device)
+        lengths = self.int32([*range(66)]).view(2, 33)
+        rank, bounds = self.int32([*reversed(range(8))]), self.int32([0, 8, 4, 8]).view(2, 2)
+        return Case(lambda: None, {}, 0, same=lambda: mk.pack_plan(indices, lengths, rank, bounds))

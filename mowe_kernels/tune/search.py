@@ -1,0 +1,103 @@
+"""The fastest launch settings, and the fastest attention, of those that give the right result."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mowe_kernels import attention
+from mowe_kernels.tables import AttentionChoice
+from mowe_kernels.triton._launch import Tuning, override
+
+Timer = Callable[[Callable[[], Any]], float]
+# What a setting must gain over the one chosen without a table: less is within what two runs differ by.
+GAIN = 0.03
+UNCHANGED = object()
+ROWS = 48_000  # of a batch of 32 clips of 30 s at 50 Hz
+LONGEST = (256, 1024, None)
+HEAD_DIMS = (64, 80)
+
+
+def device_timer(call: Callable[[], Any]) -> float:
+    """Milliseconds of a call on the current CUDA device, the median of many."""
+    from triton.testing import do_bench
+
+    return do_bench(call, warmup=5, rep=40, return_mode="median")
+
+
+def tunings(ops: Sequence[str], device: torch.device, rows: int = ROWS) -> Iterator[Tuning]:
+    """Of those of the ops that name any."""
+    for op in ops:
+        module = importlib.import_module(f"mowe_kernels.triton.{op}")
+        if hasattr(module, "tunings"):
+            yield from module.tunings(device, rows)
+
+
+def best(tuning: Tuning, timer: Timer) -> tuple[Any, float, float]:
+    """The setting that is worth a place in the table or UNCHANGED; its time, and that without a table."""
+    expected = tuning.call()
+    plain = fastest = timer(tuning.call)
+    chosen: Any = UNCHANGED
+    for candidate in tuning.candidates:
+        with override(**{tuning.name: candidate}):
+            try:
+                right = agree(tuning.call(), expected)
+                time = timer(tuning.call) if right else float("inf")
+            except Exception:  # more shared memory or registers than there are; whatever it is, it is not for the table
+                continue
+        if time < min(fastest, (1 - GAIN) * plain):
+            chosen, fastest = candidate, time
+    return chosen, fastest, plain
+
+
+def agree(value: Tensor, expected: Tensor) -> bool:
+    """Whether two computations in one type differ by their rounding alone."""
+    difference = (value.float() - expected.float()).norm()
+    return bool(difference <= 2 * torch.finfo(value.dtype).eps * expected.float().norm())
+
+
+def attention_choices(device: torch.device, timer: Timer, rows: int = ROWS) -> Iterator[AttentionChoice]:
+    """Who is fastest, for heads of each size, sequences of each length, and sequences of one length."""
+    for head_dim in HEAD_DIMS:
+        for longest in LONGEST:
+            for equal in (False, True):
+                yield _attention_choice(device, timer, rows, head_dim, longest, equal)
+
+
+def _attention_choice(
+    device: torch.device, timer: Timer, rows: int, head_dim: int, longest: int | None, equal: bool
+) -> AttentionChoice:
+    length = min(longest or 1500, rows)
+    # Unequal lengths are spread evenly from an eighth of the longest up.
+    lengths, left = [], rows
+    while left >= length:
+        lengths.append(length if equal else length * (1 + len(lengths) % 8) // 8)
+        left -= lengths[-1]
+    total = sum(lengths)
+    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+    qkv = torch.randn(total, 3, 384 // head_dim, head_dim, dtype=torch.bfloat16, device=device)
+    arguments = cu_seqlens, length, head_dim**-0.5
+    modules = {name: importlib.import_module(path) for name, path in attention.BACKENDS.items()}
+    able = {name: m for name, m in modules.items() if m.supports(qkv, length, arguments[2], equal)}
+    kernel = able.pop(attention.KERNEL)
+    out, lse = kernel.forward(qkv, *arguments, True)
+    grad = kernel.backward(out, qkv, out, lse, *arguments)
+    found = {}
+    for direction, expected, call in (
+        ("forward", out, lambda m: m.forward(qkv, *arguments, True, equal)[0]),
+        ("backward", grad, lambda m: m.backward(out, qkv, out, lse, *arguments, equal)),
+    ):
+        found[direction], fastest = attention.KERNEL, (1 - GAIN) * timer(lambda call=call: call(kernel))
+        for name, module in able.items():
+            try:
+                right = agree(call(module), expected)
+                time = timer(lambda call=call, module=module: call(module)) if right else float("inf")
+            except Exception:  # not built for this device, say
+                continue
+            if time < fastest:
+                found[direction], fastest = name, time
+    return AttentionChoice(head_dim, longest, equal, **found)

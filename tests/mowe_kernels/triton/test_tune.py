@@ -1,0 +1,152 @@
+"""Trying the kernels on a device, with Triton's interpreter for the device and invented times."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mowe_kernels.triton import _launch, grouped_linear, varlen_attention
+from mowe_kernels.triton._launch import Tuning, setting
+from mowe_kernels.tune import __main__ as tune
+from mowe_kernels.tune import search
+from mowe_kernels.tune.accuracy import errors
+from mowe_kernels.tune.cases import Size, cases
+
+CPU = torch.device("cpu")
+TINY = Size(rows=(9, 0, 7, 2), width=24, hidden=40, heads=4, channels=10)
+
+
+@pytest.mark.parametrize("op", cases(TINY, CPU))
+def test_kernels_are_found_right(op):
+    assert list(tune.wrong_results(cases(TINY, CPU)[op], (torch.float32, torch.float16))) == []
+
+
+def test_every_op_with_kernels_is_tried():
+    from mowe_kernels.compile_report import ops
+
+    assert set(ops()) - set(cases(TINY, CPU)) <= {"nf4_dequantize_grouped", "grouped_linear_nf4"}
+
+
+def leave_unwritten(monkeypatch):
+    monkeypatch.setattr(grouped_linear, "gemm", lambda *args, **kwargs: None)
+
+
+def round_too_much(monkeypatch):
+    forward = grouped_linear.forward
+    monkeypatch.setattr(
+        grouped_linear, "forward", lambda *a: tuple((1.001 * x if x.numel() else x) for x in forward(*a))
+    )
+
+
+def fail(monkeypatch):
+    def forward(*args):
+        raise RuntimeError("no such\nlayout")
+
+    monkeypatch.setattr(grouped_linear, "forward", forward)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (leave_unwritten, "result in torch.float32: error nan"),
+        (round_too_much, "result in torch.float32: error"),
+        (fail, "RuntimeError: no such layout"),
+    ],
+)
+def test_a_wrong_kernel_is_found(monkeypatch, fault, said):
+    fault(monkeypatch)
+    assert said in "; ".join(tune.wrong_results(cases(TINY, CPU)["grouped_linear"], (torch.float32,)))
+
+
+def test_wrong_integers_are_found(monkeypatch):
+    from mowe_kernels.triton import pack_plan
+
+    forward = pack_plan.forward
+    monkeypatch.setattr(pack_plan, "forward", lambda *args: tuple(x.flip(0) for x in forward(*args)))
+    assert list(tune.wrong_results(cases(TINY, CPU)["pack_plan"], ())) == ["integers that differ from plain torch's"]
+
+
+def test_errors_compare_shapes(monkeypatch):
+    case = cases(TINY, CPU)["sequence_mean"][0]
+    with pytest.raises(ValueError, match="result: shape"):
+        outs = iter([torch.zeros(4, 2), torch.zeros(4, 2), torch.zeros(4, 1)])
+        errors(lambda x: next(outs).to(x.dtype) + 0 * x.sum(), case.inputs, 4, torch.float32, ("x",))
+
+
+@pytest.mark.parametrize(
+    ("times", "chosen"),
+    [
+        ({1: 10, 2: 9, 3: 8, 4: 1, 5: 1}, 3),  # 4 is wrong, 5 fails
+        ({1: 10, 2: 9.8, 3: 10, 4: 1, 5: 1}, search.UNCHANGED),  # too little to gain
+        ({1: 10, 2: 11, 3: 12, 4: 1, 5: 1}, search.UNCHANGED),
+    ],
+)
+def test_the_fastest_right_setting_is_chosen(times, chosen):
+    def call():
+        value = setting("thing", 1)
+        if value == 5:
+            raise RuntimeError("out of resources")
+        return torch.full((3,), 2.0 if value == 4 else 1.0)
+
+    found, fastest, plain = search.best(
+        Tuning("thing", "key", (2, 3, 4, 5), call), lambda call: call() is not None and times[setting("thing", 1)]
+    )
+    assert (found, plain) == (chosen, 10)
+    assert fastest == times[1 if chosen is search.UNCHANGED else chosen]
+
+
+def test_tunings_are_of_settings_that_are_looked_up(monkeypatch):
+    """What a call asks the device's table for is what the search writes into it."""
+    monkeypatch.setattr(_launch, "_describe", lambda *args: None)
+    ops = ("grouped_linear", "grouped_mlp", "varlen_attention", "grouped_conv1d")
+    with _launch.record(90):
+        for tuning in search.tunings(ops, torch.device("meta"), 48_000):
+            assert tuning.candidates
+            assert _lookups(tuning) == {f"{tuning.name}, {tuning.key}"}
+
+
+def _lookups(tuning: Tuning) -> set[str]:
+    """The entries of a table that a call asks for and that have the tuning's name."""
+    asked = set()
+
+    class Table(dict):
+        def __len__(self):
+            return 1
+
+        def get(self, name, default):
+            asked.add(name)
+            return default
+
+    with _launch.assume(_launch.ARCHITECTURES[90]._replace(tuned=Table())):
+        tuning.call()
+    return {name for name in asked if name.startswith(f"{tuning.name}, ")}
+
+
+def test_a_whole_table(monkeypatch, capsys):
+    """Of three ops, timed by the candidate's own number."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    some = {name: cases(TINY, CPU)[name] for name in ("sequence_mean", "varlen_attention", "pack_plan")}
+    monkeypatch.setattr(tune, "cases", lambda size, device: some)
+    small = varlen_attention.Settings(16, 16, 4, 1)
+    tried = Tuning("attention_forward", "16 bits, heads of 64", (small,), lambda: torch.ones(2))
+    monkeypatch.setattr(varlen_attention, "tunings", lambda device, rows: [tried])
+    monkeypatch.setattr(search, "LONGEST", (4,))
+    monkeypatch.setattr(search, "HEAD_DIMS", (64,))
+
+    def timer(call):
+        call()
+        return 1.0 if setting("attention_forward", None) == small else 2.0
+
+    table, wrong = tune.measure(CPU, timer, 10.0, TINY, 8, (torch.float32,))
+    assert not wrong and "sequence_mean: right" in capsys.readouterr().out
+    assert table.ops == ("sequence_mean", "varlen_attention", "pack_plan")
+    assert dict(table.settings) == {"attention_forward, 16 bits, heads of 64": small}
+    assert {choice.forward for choice in table.attention} == {"kernel"}  # nobody is faster
+    assert [(choice.longest, choice.equal_lengths) for choice in table.attention] == [(4, False), (4, True)]
+
+
+def test_without_a_gpu(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        tune.main([])
+    assert stopped.value.code == 2
+    assert "no CUDA device" in capsys.readouterr().err
