@@ -75,3 +75,13 @@ def router_loss(logits: RouterLogits, coefficients: Mapping[str, float]) -> Tens
     """Sum of coefficient * term, a float32 scalar; None where no term applies."""
     terms = router_loss_terms(logits, coefficients)
     return torch.stack([coefficients[name] * term for name, term in terms.items()]).sum() if terms else None
+
+
+def loss_share(labels: Tensor, num_items: Tensor | int | None) -> Tensor | float:
+    """Weight of this batch's auxiliary loss under gradient accumulation: its share of the predicted tokens.
+
+    The next-token loss is a sum over tokens divided by num_items_in_batch, the tokens of all accumulated batches;
+    weighting by the share makes the auxiliary loss their token-weighted mean instead of their sum. (Diversity and load
+    balance look at a batch as a whole: accumulated, they stay those of the parts.)
+    """
+    return 1.0 if num_items is None else (labels[:, 1:] != -100).sum() / num_items

@@ -24,12 +24,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
 
-from mowe.audio import MIN_SAMPLES, AudioBatch
+from mowe.audio import AudioBatch
 from mowe.checkpoint import StoredTensor, check_keys, check_source, load_pretrained_encoder, normalizes, read_model
 from mowe.configuration_mowe import MoweConfig
 from mowe.errors import AudioError, ConfigError, naming
 from mowe.families import ClipFeatures, EncoderFamily, family_class, find_encoder
 from mowe.families.stacked import StackedConv, StackedLinear, StackedNorm
+from mowe.losses import loss_share
 from mowe.mixture import MixtureOfWeakEncoders, MixtureOutput
 from mowe.pool import EncoderPool
 from mowe.projector import BaseFeatures, MoweProjector
@@ -69,6 +70,8 @@ class MoweCausalLMOutputWithPast(ModelOutput):
 
 
 class MowePreTrainedModel(PreTrainedModel):
+    """What transformers needs to know of all models here."""
+
     config_class = MoweConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
@@ -142,7 +145,8 @@ class MoweModel(MowePreTrainedModel):
         their features that are cast. Reads the lengths back from the device once.
         Raises AudioError for shapes that do not fit and for windows the encoders cannot take.
         """
-        features = ClipFeatures(unpad(input_features, input_features_mask, "input_features"), self.config.context)
+        audio = AudioBatch.from_padded(input_features, input_features_mask, "input_features")
+        features = ClipFeatures(audio, self.config.context)
         base = self.encode_base(features)
         pool_context = self.config.pool_config.context
         weak = features if pool_context == features.context else ClipFeatures(features.audio, pool_context)
@@ -395,38 +399,6 @@ def _load_language_model(source: str) -> PreTrainedModel:
         model, info = read_model(AutoModelForCausalLM.from_pretrained, source)
         check_keys(info, "language model")
     return model
-
-
-def loss_share(labels: Tensor, num_items: Tensor | int | None) -> Tensor | float:
-    """Weight of this batch's auxiliary loss under gradient accumulation: its share of the predicted tokens.
-
-    The next-token loss is a sum over tokens divided by num_items_in_batch, the tokens of all accumulated batches;
-    weighting by the share makes the auxiliary loss their token-weighted mean instead of their sum. (Diversity and load
-    balance look at a batch as a whole: accumulated, they stay those of the parts.)
-    """
-    return 1.0 if num_items is None else (labels[:, 1:] != -100).sum() / num_items
-
-
-def unpad(waveforms: Tensor, mask: Tensor | None, name: str) -> AudioBatch:
-    """[N, S] waveforms called `name` and their mask -> packed clips. Reads the lengths back from the device once.
-
-    Raises AudioError for shapes that do not fit, gaps in the mask, and windows under 25 ms.
-    """
-    if waveforms.dim() != 2 or (mask is not None and mask.shape != waveforms.shape):
-        shape = None if mask is None else list(mask.shape)
-        raise AudioError(f"{name} and their mask must be [windows, samples], got {list(waveforms.shape)} and {shape}")
-    count, samples = waveforms.shape
-    lengths, ends = [samples] * count, [samples] * count
-    if mask is not None:
-        real = mask.bool()
-        last = samples - real.flip(1).byte().argmax(1)  # the first of the largest, seen from the end
-        lengths, ends = torch.stack((real.sum(1), last)).tolist()
-    shortest = min(lengths, default=0)
-    if shortest < MIN_SAMPLES:
-        raise AudioError(f"every window of audio needs {MIN_SAMPLES} samples (25 ms) or more, got {shortest}")
-    if lengths != ends:
-        raise AudioError(f"{name}_mask must be true from the first to the last sample of each window")
-    return AudioBatch.from_waveforms([wave[:length] for wave, length in zip(waveforms, lengths, strict=True)])
 
 
 AutoModelForMultimodalLM.register(MoweConfig, MoweForConditionalGeneration)

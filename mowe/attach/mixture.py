@@ -22,7 +22,6 @@ from mowe.audio import AudioBatch
 from mowe.errors import AudioError
 from mowe.families import ClipFeatures
 from mowe.mixture import MixtureOfWeakEncoders, MixtureOutput
-from mowe.modeling_mowe import unpad
 from mowe.pool import EncoderPool, PoolOutput
 from mowe.projector import BaseFeatures, projected_lengths
 from mowe.router import MoweRouter
@@ -178,7 +177,7 @@ class AttachedMixture(MixtureOfWeakEncoders):
     def _run(self, call: Call, features: Tensor) -> None:
         """Fill in what the mixture did and `delta`, one row for every input of the layer that it is added behind."""
         layout, stack = self.layout, self.config.fusion_stack
-        audio = unpad(call.waveforms, call.mask, "mowe_waveforms")
+        audio = AudioBatch.from_padded(call.waveforms, call.mask, "mowe_waveforms")
         waves = list(audio.samples.to(features.device).split(audio.lengths))
         frames = call.packed_frames or [features.shape[1]] * features.shape[0]
         if layout.rows == "windows":

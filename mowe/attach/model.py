@@ -19,8 +19,8 @@ from mowe.attach.configuration import AdapterConfig
 from mowe.attach.layouts import AudioLayout, Fusion, layout_of
 from mowe.attach.mixture import AttachedMixture
 from mowe.errors import ConfigError
+from mowe.losses import loss_share
 from mowe.mixture import MixtureOutput
-from mowe.modeling_mowe import loss_share
 from mowe.pool import EncoderPool
 
 Model = TypeVar("Model", bound=PreTrainedModel)

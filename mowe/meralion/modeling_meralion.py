@@ -96,6 +96,8 @@ class MeralionProjector(nn.Module):
 
 
 class MeralionPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know of all models of the family."""
+
     config_class = MeralionConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
