@@ -40,6 +40,8 @@ def check_file(path: str | os.PathLike[str], what: str) -> None:
         raise ConfigError(f"{path}: expected a file to write {what} to, got a directory")
     if not path.parent.is_dir():
         raise ConfigError(f"{path}: its folder does not exist")
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"{path}: its folder cannot be written to")
 
 
 def make_folder(path: str | os.PathLike[str], option: str) -> Path:
@@ -55,5 +57,8 @@ def make_folder(path: str | os.PathLike[str], option: str) -> Path:
 def check_folder(path: str | os.PathLike[str], option: str) -> None:
     """Raise ConfigError for a path that is not a folder and cannot become one, before anything is computed."""
     path = Path(path)
-    if not next(found for found in (path, *path.absolute().parents) if found.exists()).is_dir():
+    there = next(found for found in (path, *path.absolute().parents) if found.exists())
+    if not there.is_dir():
         raise ConfigError(f"{option} {path}: not a folder, nor can it become one")
+    if not os.access(there, os.W_OK):
+        raise ConfigError(f"{option} {path}: {there} cannot be written to")

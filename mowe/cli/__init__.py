@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -81,6 +82,8 @@ def _start(
         typer.echo(f"mowe {package_version('mowe-kernels')}")
     elif context.invoked_subcommand is None:
         typer.echo(context.get_help())
+    # It warns on stderr when it is imported on a CPU, whether it is used or not.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 @app.command("demo")
@@ -127,32 +130,6 @@ def _routes(
     with screen.step("starting"):
         from mowe.cli.routes import run
     run(audio, model, picture, screen)
-
-
-@app.command("quantize")
-def _quantize(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="folder of a saved model", show_default=False)],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="new folder for the model in 4 bits", show_default=False)],
-    clip: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="AUDIO", help="file to judge the quality by, repeatable; else the bundled clips"),
-    ] = None,
-    part: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PART",
-            help="language_model, audio_tower, pool or lm_head, repeatable; else the first three",
-            show_default=False,
-        ),
-    ] = None,
-    double_quant: Annotated[bool, typer.Option(help="quantise the scales too")] = True,
-    json: Json = False,
-) -> None:
-    """Put a model in 4 bits: less memory, and a report of what became of the audio embeddings."""
-    screen = _new_screen(json)
-    with screen.step("starting"):
-        from mowe.cli.quantize import run
-    run(model, out, clip or [], part or ["language_model", "audio_tower", "pool"], double_quant, screen)
 
 
 @app.command("train")
@@ -215,6 +192,32 @@ def _evaluate(
         from mowe.cli.evaluate import Outputs, run
     outputs = Outputs(predictions, out, audiobench)
     run(manifests, model, tasks, metric or [], batch_frames, max_new_tokens, outputs, skip_bad, load_in_4bit, screen)
+
+
+@app.command("quantize")
+def _quantize(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="folder of a saved model", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="new folder for the model in 4 bits", show_default=False)],
+    clip: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="AUDIO", help="file to judge the quality by, repeatable; else the bundled clips"),
+    ] = None,
+    part: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PART",
+            help="language_model, audio_tower, pool or lm_head, repeatable; else the first three",
+            show_default=False,
+        ),
+    ] = None,
+    double_quant: Annotated[bool, typer.Option(help="quantise the scales too")] = True,
+    json: Json = False,
+) -> None:
+    """Put a model in 4 bits: less memory, and a report of what became of the audio embeddings."""
+    screen = _new_screen(json)
+    with screen.step("starting"):
+        from mowe.cli.quantize import run
+    run(model, out, clip or [], part or ["language_model", "audio_tower", "pool"], double_quant, screen)
 
 
 @app.command("info")

@@ -43,7 +43,7 @@ class Screen:
         for told in lines[:_SHOWN_LINES]:
             self.note(f"left out: {told}")
         if lines:
-            self.note(f"{len(lines)} lines of manifests were left out")
+            self.note(f"lines of manifests left out: {len(lines)}")
 
     @contextmanager
     def step(self, text: str) -> Iterator[None]:

@@ -82,7 +82,8 @@ def bundled_clips(screen: Screen) -> list[Clip]:
 
 def _heading(loaded: LoadedModel, clips: list[Clip]) -> Text:
     seconds = sum(clip.seconds for clip in clips)
-    where = f"{torch.get_num_threads()} CPU threads" if loaded.device.type == "cpu" else "the GPU"
+    threads = torch.get_num_threads()
+    where = f"{threads} CPU thread{'s' * (threads > 1)}" if loaded.device.type == "cpu" else "the GPU"
     return Text(f"{len(clips)} clips, {seconds:.1f} s of sound, on {where}", style="bold")
 
 

@@ -42,3 +42,10 @@ def test_checked_beforehand(tmp_path: Path) -> None:
         for refuse in (check_folder, make_folder):
             with pytest.raises(ConfigError, match=f"--out {path}: "):
                 refuse(path, "--out")
+
+
+def test_a_folder_that_is_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # the one who runs tests may be allowed everything
+    for check, path, option in ((check_file, tmp_path / "a", "the text"), (check_folder, tmp_path / "b", "--out")):
+        with pytest.raises(ConfigError, match="cannot be written to"):
+            check(path, option)

@@ -1,1 +1,0 @@
-"""Whole experiments, from data to report, each behind one command."""
