@@ -135,11 +135,11 @@ def _normalize(samples: Tensor, lengths: list[int]) -> Tensor:
     waves = zip(samples.split(audio.lengths), padding, strict=True)
     padded = torch.cat([piece for wave, pad in waves for piece in (wave, silence[:pad])]).view(-1, _BLOCK)
 
-    starts, counts, lengths = device_lengths((offsets(blocks), blocks, audio.lengths), samples.device)
+    starts, counts, totals = device_lengths((offsets(blocks), blocks, audio.lengths), samples.device)
     wide = padded.double()  # sums of squares must not cancel
     sums, squares = (_by_clip(x.sum(1), starts, counts, max(blocks), 0.0).sum(1) for x in (wide, wide.square()))
-    mean = sums / lengths
-    scale = (squares / lengths - mean.square() + 1e-7).rsqrt()
+    mean = sums / totals
+    scale = (squares / totals - mean.square() + 1e-7).rsqrt()
     clip = _owners(counts, len(padded))
     normal = (padded - mean.float()[clip, None]).mul_(scale.float()[clip, None])
 
@@ -153,7 +153,7 @@ def log_mel_rows(audio: AudioBatch, context: str, num_mel_bins: int) -> tuple[Te
     return rows, device_lengths(offsets(num_frames(audio.lengths, context)), rows.device)
 
 
-def _log_mel(samples: Tensor, lengths: list[int], context: str, num_mel_bins: int) -> Tensor:
+def _log_mel(samples: Tensor, lengths: list[int], context: Literal["valid", "window"], num_mel_bins: int) -> Tensor:
     return Spectrogram(AudioBatch(samples, tuple(lengths)), context).log_mel(num_mel_bins)
 
 

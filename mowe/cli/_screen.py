@@ -77,11 +77,14 @@ class Counter:
 
     def update(self, done: int, told: str = "") -> None:
         """told: news; without any, only the count goes on."""
-        self._bar.update(self._task, completed=done, **({"told": told} if told else {}))
+        self._bar.update(self._task, completed=done)
+        if told:
+            self._bar.update(self._task, told=told)
         if told and self._screen._quiet and not self._screen.as_json:
             self._screen._err.print(f"{self._text} {done}/{self._total}  {printable(told)}", soft_wrap=True)
 
     def close(self) -> None:
+        """Leave the bar as it stands."""
         self._bar.stop()
 
 
