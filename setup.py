@@ -76,7 +76,7 @@ def extensions():
     libraries = [
         Extension(
             "mowe_kernels._csrc",
-            sources=["csrc/nf4_cpu.cpp"],
+            sources=["csrc/nf4_cpu.cpp", "csrc/plan_cpu.cpp"],
             depends=["csrc/nf4.h", "csrc/scratch.h"],
             define_macros=MACROS,
             # Without fused multiply-adds: the bits are those of bitsandbytes.

@@ -223,7 +223,7 @@ def _fill(language_model: nn.Module, before: dict[str, nn.Module]) -> None:
 
     for name, old in before.items():
         new = language_model.get_submodule(name)
-        if isinstance(new, Linear4bit):
+        if isinstance(new, Linear4bit) and new is not old:
             new.weight = _four_bit(new, old.weight.data.T if isinstance(old, Conv1D) else old.weight.data)
             new.bias = old.bias
 

@@ -19,6 +19,7 @@ from mowe_kernels import csrc, tables
 BACKENDS = ("reference", "triton")
 # Where several libraries can compute an op, a module of its own picks one.
 _CHOOSERS = {"varlen_attention": "mowe_kernels.attention"}
+_WITHOUT_TRITON = ("nf4_quantize", "nf4_dequantize_grouped")
 
 # One for the whole process: autograd runs the backward of CUDA tensors in threads of its own.
 _forced: str | None = None
@@ -45,12 +46,14 @@ def use_backend(name: str) -> Iterator[None]:
 def implementation(op: str, args: Sequence[Any] = ()) -> ModuleType:
     """The module that computes `op` on these arguments: `mowe_kernels.<backend>.<op>`.
 
-    What `use_backend` says; without, the Triton kernels for CUDA tensors on a device where they were found right (see
-    `mowe_kernels.tables`), plain torch otherwise. The ops of the compiled library have no Triton kernel; without that
-    library they are plain torch.
+    What `use_backend` says; without, the compiled libraries for what they compute, the Triton kernels for CUDA tensors
+    on a device where they were found right (see `mowe_kernels.tables`), plain torch otherwise. What has no Triton
+    kernel is plain torch where that backend is forced.
     """
-    if op in csrc.OPS:
-        backend = "csrc" if _forced is None and csrc.available() else "reference"
+    if _forced is None and csrc.computes(op, args):
+        backend = "csrc"
+    elif op in _WITHOUT_TRITON:
+        backend = "reference"
     elif _forced is None and _measured(op, args):
         return importlib.import_module(_CHOOSERS.get(op, f"mowe_kernels.triton.{op}"))
     else:

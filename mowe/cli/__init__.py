@@ -202,6 +202,15 @@ def _quantize(
         list[Path] | None,
         typer.Option(metavar="AUDIO", help="file to judge the quality by, repeatable; else the bundled clips"),
     ] = None,
+    manifest: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="clips with answers, repeatable: how right the model is before and after, loaded in full for that",
+            show_default=False,
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="longest answer, in tokens")] = 128,
     part: Annotated[
         list[str] | None,
         typer.Option(
@@ -217,7 +226,7 @@ def _quantize(
     screen = _new_screen(json)
     with screen.step("starting"):
         from mowe.cli.quantize import run
-    run(model, out, clip or [], part or ["language_model", "audio_tower", "pool"], double_quant, screen)
+    run(model, out, clip or [], manifest or [], max_new_tokens, part or (), double_quant, screen)
 
 
 @app.command("info")

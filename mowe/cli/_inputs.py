@@ -19,7 +19,7 @@ from transformers.utils import logging
 from mowe.audio import SAMPLING_RATE, as_waveform, load_audio
 from mowe.cli._screen import Screen
 from mowe.configuration_mowe import MoweConfig
-from mowe.errors import CheckpointError, MoweError
+from mowe.errors import CheckpointError, ConfigError, MoweError
 from mowe.modeling_mowe import MoweForConditionalGeneration
 from mowe.processing_mowe import MoweProcessor
 
@@ -75,8 +75,13 @@ class LoadedModel:
         return [f"{_KINDS.get(kind, kind)} {i}" for i, kind in enumerate(kinds)]
 
 
-def load_model(folder: Path | None, screen: Screen) -> LoadedModel:
-    """The model of a folder, or the demo model, on the GPU where there is one. Raises MoweError, naming the folder."""
+def load_model(
+    folder: Path | None, screen: Screen, parts_in_4bit: Sequence[str] = (), double_quant: bool = True
+) -> LoadedModel:
+    """The model of a folder, or the demo model, on the GPU where there is one. Raises MoweError, naming the folder.
+
+    parts_in_4bit: what of it is put in 4 bits while it is read; refused where the folder's model is quantised.
+    """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     with screen.step(f"loading {model_name(folder)}"):
@@ -84,12 +89,40 @@ def load_model(folder: Path | None, screen: Screen) -> LoadedModel:
             from mowe.nano import nano_model
 
             model, processor = nano_model()
+            if parts_in_4bit:
+                from mowe.quantization import quantize
+
+                quantize(model, parts=parts_in_4bit, double_quant=double_quant)
         else:
+            settings: dict[str, Any] = {"local_files_only": True}
+            if parts_in_4bit:
+                settings["quantization_config"] = _in_4_bits(folder, parts_in_4bit, double_quant)
             read_config(folder)
             with naming(folder):
-                model = MoweForConditionalGeneration.from_pretrained(folder, local_files_only=True)
+                model = MoweForConditionalGeneration.from_pretrained(folder, **settings)
                 processor = MoweProcessor.from_pretrained(folder, local_files_only=True)
         return LoadedModel(model.to(default_device()).eval(), processor, folder)
+
+
+def skeleton(folder: Path | None) -> MoweForConditionalGeneration:
+    """The modules of a model, in the type it is stored in; those of a folder without their weights."""
+    if folder is None:
+        from mowe.nano import nano_model
+
+        return nano_model()[0]
+    config = read_config(folder)
+    with naming(folder), torch.device("meta"):
+        model = MoweForConditionalGeneration(config)
+    model.tie_weights()
+    return model.to(config.dtype or torch.float32)
+
+
+def _in_4_bits(folder: Path, parts: Sequence[str], double_quant: bool) -> Any:
+    from mowe.quantization import MoweQuantizationConfig
+
+    if getattr(read_config(folder), "quantization_config", None) is not None:
+        raise ConfigError(f"{folder}: the model is already quantised")
+    return MoweQuantizationConfig(parts, double_quant)
 
 
 def read_config(folder: Path) -> MoweConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -78,13 +78,14 @@ def compare(before: Heard, after: Heard) -> Quality:
 
 
 def memory(model: Any) -> dict[str, int]:
-    """Bytes of every part, scales included, what parts share counted once."""
-    seen: set[int] = set()
+    """Bytes of every part, scales included, what parts share counted once; of a skeleton, what its weights take."""
+    seen: set[tuple[int, int]] = set()
 
     def count(module: nn.Module) -> int:
-        new = [t for t in module.state_dict().values() if t.data_ptr() not in seen]
-        seen.update(t.data_ptr() for t in new)
-        return sum({t.data_ptr(): t.nbytes for t in new}.values())
+        sizes = {(t.untyped_storage()._cdata, t.storage_offset()): t.nbytes for t in module.state_dict().values()}
+        new = sizes.keys() - seen
+        seen.update(new)
+        return sum(sizes[place] for place in new)
 
     mixture = model.model.mixture
     parts = {
@@ -106,19 +107,31 @@ def as_text(count: float) -> str:
     return f"{count:.1f} {_UNITS[-1]}"
 
 
-def report(before: dict[str, int], after: dict[str, int], quality: Quality, clips: int) -> Group:
-    """The table of memory, and what became of the embeddings."""
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False, show_footer=True)
-    table.add_column("part", "all")
-    for heading, sizes in (("before", before), ("in 4 bits", after)):
-        table.add_column(heading, as_text(sum(sizes.values())), justify="right", no_wrap=True)
-    for name, size in before.items():
-        table.add_row(name, as_text(size), as_text(after[name]))
-    return Group(
-        table,
-        Text(),
-        Text(
-            f"audio embeddings, {clips} clips: relative error {quality.relative_error:.3f}, cosine {quality.cosine:.4f}"
-        ),
-        Text(f"routed alike: {quality.router_agreement:.0%}"),
-    )
+@dataclass(frozen=True)
+class Comparison:
+    """A model before and after: bytes of every part, and what became of the embeddings of some clips."""
+
+    bytes_before: dict[str, int]
+    bytes_4bit: dict[str, int]
+    quality: Quality
+    clips: int
+
+    def as_data(self) -> dict[str, Any]:
+        """The same for scripts."""
+        return asdict(self)
+
+    def report(self) -> Group:
+        """The same for people."""
+        table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False, show_footer=True)
+        table.add_column("part", "all")
+        for heading, sizes in (("before", self.bytes_before), ("in 4 bits", self.bytes_4bit)):
+            table.add_column(heading, as_text(sum(sizes.values())), justify="right", no_wrap=True)
+        for name, size in self.bytes_before.items():
+            table.add_row(name, as_text(size), as_text(self.bytes_4bit[name]))
+        error, cosine = self.quality.relative_error, self.quality.cosine
+        return Group(
+            table,
+            Text(),
+            Text(f"audio embeddings, {self.clips} clips: relative error {error:.3f}, cosine {cosine:.4f}"),
+            Text(f"routed alike: {self.quality.router_agreement:.0%}"),
+        )

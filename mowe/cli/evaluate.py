@@ -73,12 +73,10 @@ def run(
         asked = _of_tasks(asked, tasks.split(","))
     examples = [example for _, example in asked]
     rules_for(examples, chosen)
-    loaded = load_model(folder, screen)
+    parts: Sequence[str] = ()
     if load_in_4bit:
-        from mowe.quantization import quantize
-
-        with screen.step("quantising"):
-            quantize(loaded.model)
+        from mowe.quantization import DEFAULT_PARTS as parts
+    loaded = load_model(folder, screen, parts)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of clips, told when the manifests were read
         report = evaluate(

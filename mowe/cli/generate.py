@@ -28,15 +28,15 @@ def run(
     if not prompt.strip():
         raise ConfigError("--prompt: expected some text, got none")
     clips = read_clips(files, screen)
-    loaded = load_model(folder, screen)
     data: dict[str, Any] = {}
     tables: list[RenderableType] = []
     if load_in_4bit:
-        from mowe.cli._quality import report
-        from mowe.cli.quantize import as_data, quantize_and_compare
+        from mowe.cli.quantize import quantized
 
-        result = quantize_and_compare(loaded, clips, screen)
-        data, tables = {"quantization": as_data(*result)}, [Text(), report(*result, len(clips))]
+        loaded, comparison = quantized(folder, clips, screen)
+        data, tables = {"quantization": comparison.as_data()}, [Text(), comparison.report()]
+    else:
+        loaded = load_model(folder, screen)
     texts = []
     for first in screen.track(range(0, len(clips), _BATCH), "answering"):
         texts += answers(loaded, clips[first : first + _BATCH], prompt, max_new_tokens)

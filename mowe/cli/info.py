@@ -14,7 +14,7 @@ from rich.text import Text
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from mowe.cli._inputs import default_device, naming, read_config
+from mowe.cli._inputs import default_device, skeleton
 from mowe.cli._quality import as_text
 from mowe.cli._screen import Screen, model_heading
 from mowe.cli._versions import package_version
@@ -22,6 +22,7 @@ from mowe.families.stacked import StackedLinear
 from mowe.modeling_mowe import MoweForConditionalGeneration
 from mowe_kernels.backend import implementation
 
+_BITSANDBYTES = 64 + 160  # what it keeps beside a matrix: the code table, and settings as a text of about that length
 _VERSIONS = ("mowe-kernels", "torch", "transformers", "triton")
 
 
@@ -42,7 +43,7 @@ class Part:
 
 
 def run(folder: Path | None, screen: Screen) -> None:
-    model = _skeleton(folder)
+    model = skeleton(folder)
     parts = list(_parts(model))
     device = default_device()
     versions = {"python": platform.python_version()} | {name: package_version(name) for name in _VERSIONS}
@@ -67,17 +68,6 @@ def run(folder: Path | None, screen: Screen) -> None:
     )
 
 
-def _skeleton(folder: Path | None) -> MoweForConditionalGeneration:
-    """The modules of a model; those of a folder without their weights."""
-    if folder is None:
-        from mowe.nano import nano_model
-
-        return nano_model()[0]
-    config = read_config(folder)
-    with naming(folder), torch.device("meta"):
-        return MoweForConditionalGeneration(config)
-
-
 def _parts(model: MoweForConditionalGeneration) -> Iterator[Part]:
     config, mixture = model.config, model.model.mixture
     yield _part("base encoder", model.audio_tower, config.audio_config.model_type, _size(config.audio_config))
@@ -96,19 +86,21 @@ def _parts(model: MoweForConditionalGeneration) -> Iterator[Part]:
 def _part(name: str, module: torch.nn.Module, kind: str, detail: str, share: int = 1) -> Part:
     """share: how many stacked encoders the module holds, of which this is one."""
     parameters = sum(parameter.numel() for parameter in module.parameters()) // share
-    saved = sum(2 * count - _nf4_bytes(count) for count in _quantized(module)) // share
+    saved = sum(2 * count - size for count, size in _quantized(module)) // share
     return Part(name, kind, detail, parameters, 4 * parameters, 2 * parameters, 2 * parameters - saved)
 
 
-def _quantized(module: torch.nn.Module) -> Iterator[int]:
-    """Values of every matrix that 4 bits would hold: those of encoders and language models, not its head."""
+def _quantized(module: torch.nn.Module) -> Iterator[tuple[int, int]]:
+    """Values and bytes of every matrix that 4 bits would hold: of encoders and language models, not of its head."""
     language_model = module if isinstance(module, PreTrainedModel) else None
     head = language_model.get_output_embeddings() if language_model else None
     for layer in module.modules():
         if isinstance(layer, StackedLinear):
-            yield from [layer.weight[0].numel()] * layer.weight.shape[0]
+            count = layer.weight[0].numel()
+            yield from [(count, _nf4_bytes(count))] * layer.weight.shape[0]
         elif language_model and isinstance(layer, torch.nn.Linear | Conv1D) and layer is not head:
-            yield layer.weight.numel()
+            count = layer.weight.numel()
+            yield count, _nf4_bytes(count) + _BITSANDBYTES
 
 
 def _nf4_bytes(count: int) -> int:
@@ -150,4 +142,4 @@ def _part_sum(parts: list[Part]) -> tuple[str, str, str, str]:
 
 def _backend() -> str:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return implementation("route_topk", [torch.empty(0, device=device)]).__name__.split(".")[1]
+    return implementation("grouped_linear", [torch.empty(0, device=device)]).__name__.split(".")[1]

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from rich.text import Text
 
-from mowe.cli._inputs import Clip, LoadedModel, load_model, naming, read_clips
-from mowe.cli._quality import Quality, compare, hear, memory, report
+from mowe.cli._inputs import Clip, LoadedModel, load_model, read_clips, skeleton
+from mowe.cli._quality import Comparison, compare, hear, memory
 from mowe.cli._screen import Screen, model_heading, printable
 from mowe.errors import ConfigError
 
 
 def run(
-    folder: Path, out: Path, audio: Sequence[Path], parts: Sequence[str], double_quant: bool, screen: Screen
+    folder: Path,
+    out: Path,
+    audio: Sequence[Path],
+    manifests: Sequence[Path],
+    max_new_tokens: int,
+    parts: Sequence[str],
+    double_quant: bool,
+    screen: Screen,
 ) -> None:
+    from mowe.cli import _tasks
+    from mowe.training.saving import whole
+
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: expected a new or empty folder to write to")
     if audio:
@@ -26,38 +34,57 @@ def run(
         from mowe.cli.demo import bundled_clips
 
         clips = bundled_clips(screen)
-    loaded = load_model(folder, screen)
-    before, after, quality = quantize_and_compare(loaded, clips, screen, parts=parts, double_quant=double_quant)
-    with screen.step("saving"), naming(out):
-        loaded.model.save_pretrained(out)
-        loaded.processor.save_pretrained(out)
+    examples = _tasks.read(manifests, screen)
+    before = _tasks.answered(load_model(folder, screen), examples, max_new_tokens, screen) if examples else None
+    loaded, comparison = quantized(folder, clips, screen, parts, double_quant)
+    data, tables = comparison.as_data(), [comparison.report()]
+    if before:
+        tasks = _tasks.Change(before, _tasks.answered(loaded, examples, max_new_tokens, screen))
+        _tell(tasks.warnings(), screen)
+        data, tables = {**data, "tasks": tasks.as_data()}, [*tables, Text(), tasks.report()]
+    with screen.step("saving"), whole(out) as unfinished:
+        loaded.model.save_pretrained(unfinished)
+        loaded.processor.save_pretrained(unfinished)
     screen.result(
-        {"model": str(folder), "out": str(out), **as_data(before, after, quality)},
+        {"model": str(folder), "out": str(out), **data},
         model_heading(folder),
         Text(),
-        report(before, after, quality, len(clips)),
+        *tables,
         Text(),
         Text(printable(f"saved in {out}")),
     )
 
 
-def quantize_and_compare(
-    loaded: LoadedModel, clips: Sequence[Clip], screen: Screen, **settings: Any
-) -> tuple[dict[str, int], dict[str, int], Quality]:
-    """Put a model in 4 bits in place; returns its memory before and after, and the quality, warned of where bad."""
-    from mowe.quantization import quantize
+def quantized(
+    folder: Path | None,
+    clips: Sequence[Clip],
+    screen: Screen,
+    parts: Sequence[str] | None = None,
+    double_quant: bool = True,
+) -> tuple[LoadedModel, Comparison]:
+    """A model in 4 bits, and what that does to its memory and its audio embeddings, warned of where bad.
 
+    The language model, which the embeddings do not depend on, is quantised while it is read, the encoders after they
+    have been listened to: at no time is more in memory than the language model in 4 bits and the encoders in full.
+    """
+    from mowe.quantization import DEFAULT_PARTS, MoweQuantizationConfig, quantize
+
+    chosen = MoweQuantizationConfig(parts or DEFAULT_PARTS).parts  # refused before anything is loaded
+    encoders = [part for part in chosen if part in ("audio_tower", "pool")]
+    texts = [part for part in chosen if part not in encoders]
+    before = memory(skeleton(folder))
+    loaded = load_model(folder, screen, texts, double_quant)
     with screen.step("listening"):
-        before, heard = memory(loaded.model), hear(loaded, clips)
-    with screen.step("quantising"):
-        quantize(loaded.model, **settings)
+        heard = hear(loaded, clips)
+    if encoders:
+        with screen.step("quantising"):
+            quantize(loaded.model, parts=encoders, double_quant=double_quant)
     with screen.step("listening again"):
         quality = compare(heard, hear(loaded, clips))
-    for warning in quality.warnings():
+    _tell(quality.warnings(), screen)
+    return loaded, Comparison(before, memory(loaded.model), quality, len(clips))
+
+
+def _tell(warnings: Sequence[str], screen: Screen) -> None:
+    for warning in warnings:
         screen.note(warning)
-    return before, memory(loaded.model), quality
-
-
-def as_data(before: dict[str, int], after: dict[str, int], quality: Quality) -> dict[str, Any]:
-    """The same for scripts."""
-    return {"bytes_before": before, "bytes_4bit": after, "quality": asdict(quality)}

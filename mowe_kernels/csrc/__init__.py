@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
-OPS = ("nf4_quantize", "nf4_dequantize_grouped")
-"""What the libraries compute."""
+OPS = {
+    "nf4_quantize": ("cpu", "cuda"),
+    "nf4_dequantize_grouped": ("cpu", "cuda"),
+    "pack_plan": ("cpu",),
+    "route_topk": ("cpu",),
+}
+"""What is computed by the libraries, of route_topk the plan, and on which devices."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LIBRARIES = {
     device: Path(__file__).parents[1] / name for device, name in {"cpu": "_csrc.so", "cuda": "_csrc_cuda.so"}.items()
 }
 """By type of device. That of CUDA adds to that of the CPU and is loaded at the first CUDA tensor."""
+
+
+def computes(op: str, args: Sequence[Any]) -> bool:
+    """Whether a library computes the op on these arguments, the first tensor of which says where."""
+    flat = (each for arg in args for each in (arg if isinstance(arg, list) else [arg]))
+    tensor = next((arg for arg in flat if isinstance(arg, torch.Tensor)), None)
+    device = "cpu" if tensor is None else tensor.device.type
+    return device in OPS.get(op, ()) and available(device)
 
 
 @cache
@@ -26,7 +41,9 @@ def available(device: str = "cpu") -> bool:
     if library.is_file():
         try:
             torch.ops.load_library(library)
-            return True
+            if all(hasattr(getattr(torch.ops.mowe, op), "csrc") for op in OPS if op != "route_topk"):
+                return True
+            reason = "it was built from an older source"
         except OSError as error:
             reason = " ".join(str(error).split())
     warnings.warn(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mowe_kernels.csrc import DTYPES, available
+from mowe_kernels.csrc import DTYPES
 from mowe_kernels.reference import nf4_dequantize_grouped as reference
 
 
@@ -20,7 +20,7 @@ def forward(
     dtype: torch.dtype,
 ) -> list[Tensor]:
     stacks = codes, absmax, nested_absmax, nested_offset, nested_code
-    if dtype not in DTYPES or not available(group_offsets.device.type):
+    if dtype not in DTYPES:
         return reference.forward(*stacks, sizes, group_offsets, dtype)
     contiguous = ([tensor.contiguous() for tensor in stack] for stack in stacks)
     return torch.ops.mowe.nf4_dequantize_grouped.csrc(*contiguous, sizes, group_offsets.contiguous(), dtype)

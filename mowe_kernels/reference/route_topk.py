@@ -9,7 +9,21 @@ from mowe_kernels.dtypes import accumulation_dtype
 from mowe_kernels.reference import pack_plan
 
 
-def _choose(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def choose(
+    logits: Tensor | None, learned_logits: Tensor | None, top_k: int, top_k_independent: int, batch: int
+) -> tuple[Tensor, Tensor]:
+    """Weights and indices [B, k] of the chosen encoders, those of the learned logits first."""
+    choices = []
+    if learned_logits is not None:
+        weights, indices = _largest(learned_logits, top_k_independent)
+        choices.append((weights.expand(batch, -1), indices.expand(batch, -1)))
+    if logits is not None:
+        choices.append(_largest(logits, top_k))
+    weights, indices = zip(*choices, strict=True)
+    return torch.cat(weights, dim=1), torch.cat(indices, dim=1)
+
+
+def _largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Probabilities and indices of the k largest of each row, ties to the lower index."""
     order = logits.sort(dim=-1, descending=True, stable=True).indices[..., :k]
     return logits.softmax(-1, dtype=accumulation_dtype(logits.dtype)).gather(-1, order), order
@@ -24,15 +38,7 @@ def forward(
     rank: Tensor,
     level_bounds: Tensor,
 ) -> tuple[Tensor, ...]:
-    batch = lengths.shape[1]
-    choices = []
-    if learned_logits is not None:
-        weights, indices = _choose(learned_logits, top_k_independent)
-        choices.append((weights.expand(batch, -1), indices.expand(batch, -1)))
-    if logits is not None:
-        choices.append(_choose(logits, top_k))
-    weights = torch.cat([w for w, _ in choices], dim=1)
-    indices = torch.cat([i for _, i in choices], dim=1)
+    weights, indices = choose(logits, learned_logits, top_k, top_k_independent, lengths.shape[1])
     return weights, indices, *pack_plan.forward(indices, lengths, rank, level_bounds)
 
 

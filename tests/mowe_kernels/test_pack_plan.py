@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
 
-from mowe_kernels import pack_plan
+from mowe_kernels import csrc, pack_plan, use_backend
 from tests.mowe_kernels.checks import int32, opcheck, raises
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -55,12 +56,32 @@ def as_tensors(indices, lengths, rank, level_bounds):
     return torch.tensor(indices), *(torch.tensor(x, dtype=torch.int32) for x in (lengths, rank, level_bounds))
 
 
+@pytest.mark.parametrize("backend", ["csrc", "reference"])
 @pytest.mark.parametrize("seed", range(40))
-def test_matches_a_plan_made_by_hand(seed):
+def test_matches_a_plan_made_by_hand(seed, backend):
+    if backend == "csrc" and not csrc.available():
+        pytest.skip("the compiled library was not built")
     routing = random_routing(random.Random(seed))
-    plan = pack_plan(*as_tensors(*routing))
+    with use_backend("reference") if backend == "reference" else nullcontext():
+        plan = pack_plan(*as_tensors(*routing))
     assert all(tensor.dtype == torch.int32 for tensor in plan)
     assert tuple(tensor.tolist() for tensor in plan) == naive(*routing)
+
+
+def test_other_integers_and_strides():
+    indices, *layout = as_tensors(*random_routing(random.Random(3)))
+    expected = pack_plan(indices, *layout)
+    for plan in (
+        pack_plan(indices.int(), *layout),
+        pack_plan(indices.T.contiguous().T, *(tensor.repeat_interleave(2, -1)[..., ::2] for tensor in layout)),
+    ):
+        for mine, other in zip(plan, expected, strict=True):
+            assert torch.equal(mine, other)
+
+
+def test_an_encoder_that_is_not_there():
+    with pytest.raises((IndexError, RuntimeError), match=r"out of (range|bounds)"):
+        pack_plan(torch.tensor([[3]]), int32(5)[None], int32(0, 1, 2), int32(0, 3)[None])
 
 
 def test_an_example():

@@ -9,6 +9,11 @@ import pytest
 import torch
 
 from mowe.cli._quality import Heard, Quality, compare
+from mowe.cli._tasks import Change
+from mowe.data import Example
+from mowe.evaluation import score
+from mowe.evaluation.pictures import METRIC_NAMES
+from mowe.nano import nano_model
 from tests.mowe.cli.conftest import Run
 
 PARTS = ["base encoder", "pool", "routers", "projector", "language model"]
@@ -44,17 +49,55 @@ def test_generate_in_4_bits(run: Run, sounds: Path):
     command = ["generate", sounds / "noise.wav", "--prompt", "hm?", "--max-new-tokens", 3, "--load-in-4bit"]
     said = json.loads(run(*command, "--json").stdout)
     assert said["clips"][0]["text"]
-    assert said["quantization"].keys() == {"bytes_before", "bytes_4bit", "quality"}
+    assert said["quantization"].keys() == {"bytes_before", "bytes_4bit", "quality", "clips"}
     table = run(*command).stdout
     assert "in 4 bits" in table and "cosine" in table and "routed alike" in table
 
 
-def test_info_foretells_the_memory_of_the_encoders(run: Run, quantized):
-    parts = {part["name"]: part for part in json.loads(run("info", "--json").stdout)["parts"]}
-    assert all(part["bytes_4bit"] <= part["bytes_bf16"] for part in parts.values())
-    after = json.loads(quantized[0].stdout)["bytes_4bit"]
-    # The file is of a model in float32: what is not in 4 bits has twice the bytes of bf16 there.
-    assert parts["base encoder"]["bytes_4bit"] < after["base encoder"] < 2 * parts["base encoder"]["bytes_4bit"]
+def test_info_foretells_the_memory(run: Run, sounds: Path, tmp_path: Path):
+    model, processor = nano_model()
+    model.bfloat16().save_pretrained(tmp_path / "bf16")
+    processor.save_pretrained(tmp_path / "bf16")
+    parts = json.loads(run("info", "--model", tmp_path / "bf16", "--json").stdout)["parts"]
+    said = json.loads(
+        run("quantize", tmp_path / "bf16", tmp_path / "out", "--clip", sounds / "noise.wav", "--json").stdout
+    )
+    for sizes, kind in ((said["bytes_before"], "bytes_bf16"), (said["bytes_4bit"], "bytes_4bit")):
+        foretold = dict.fromkeys(sizes, 0)
+        for part in parts:
+            foretold["pool" if part["name"].startswith("encoder") else part["name"]] += part[kind]
+        for name, size in sizes.items():
+            assert abs(foretold[name] - size) <= 0.01 * size, (kind, name, foretold[name], size)
+
+
+def test_answers_are_judged_before_and_after(run: Run, saved_model: Path, sounds: Path, tmp_path: Path):
+    rows = [
+        {"audio": str(sounds / "noise.wav"), "task": "mood", "prompt": "What mood?", "answer": answer}
+        for answer in ("sad", "glad")
+    ]
+    manifest = tmp_path / "clips.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--clip", sounds / "noise.wav", "--manifest", manifest, "--max-new-tokens", 3]
+    result = run("quantize", saved_model, tmp_path / "out", *options, "--json")
+    said = json.loads(result.stdout)["tasks"]
+    judged = json.loads(run("evaluate", manifest, "--model", saved_model, "--max-new-tokens", 3, "--json").stdout)
+    assert {name: said["before"][name] for name in ("tasks", "overall")} == {
+        name: judged[name] for name in ("tasks", "overall")
+    }
+    after = run("evaluate", manifest, "--model", tmp_path / "out", "--max-new-tokens", 3, "--json")
+    assert said["in_4bit"]["tasks"] == json.loads(after.stdout)["tasks"]
+    table = run("quantize", saved_model, tmp_path / "other", *options).stdout
+    for word in ("mood", METRIC_NAMES[judged["tasks"]["mood"]["metric"]], "all tasks"):
+        assert word in table
+
+
+def test_worse_answers_are_warned_of():
+    examples = [Example("hum.wav", "mood", "?", answer, i) for i, answer in enumerate(("sad", "glad"))]
+    right, wrong = score(examples, ["sad", "glad"]), score(examples, ["sad", "sad"])
+    assert Change(right, wrong).warnings() == [
+        "the score over all tasks fell from 100.0% to 50.0%; keep more parts in full precision"
+    ]
+    assert not Change(wrong, right).warnings()
 
 
 @pytest.mark.parametrize(
@@ -63,6 +106,7 @@ def test_info_foretells_the_memory_of_the_encoders(run: Run, quantized):
         (lambda model, out: [model, out, "--part", "router"], "parts to quantise must be among"),
         (lambda model, out: [model, model], "expected a new or empty folder"),
         (lambda model, out: [out, out / "x"], "no such folder"),
+        (lambda model, out: [model, out, "--manifest", out / "x.jsonl"], "x.jsonl"),
     ],
 )
 def test_bad_input_ends_with_one_line(run: Run, saved_model: Path, sounds: Path, tmp_path: Path, arguments, message):
