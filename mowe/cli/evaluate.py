@@ -70,7 +70,7 @@ def run(
         manifests = [read_manifest(path, skip_bad=skip_bad, track=_reading(path, screen)) for path in paths]
     asked = [(manifest.path, example) for manifest in manifests for example in manifest]
     if tasks is not None:
-        asked = _of_tasks(asked, tasks.split(","))
+        asked = _of_tasks(asked, [task.strip() for task in tasks.split(",")])
     examples = [example for _, example in asked]
     rules_for(examples, chosen)
     parts: Sequence[str] = ()

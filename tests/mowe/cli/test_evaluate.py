@@ -122,7 +122,7 @@ def test_bad_lines_are_told_or_skipped(run: Run, folder: Path) -> None:
         (("good.jsonl", "--metric", "asr=wer/latin"), "normalisation must be one of words,"),
         (("good.jsonl", "--metric", "asr"), "TASK=METRIC"),
         (("good.jsonl", "--metric", "singing=wer"), "no example has the task 'singing'; there are asr, mood"),
-        (("good.jsonl", "--tasks", "mood,singing"), "no example has the task 'singing'; there are asr, mood"),
+        (("good.jsonl", "--tasks", "mood, singing"), "no example has the task 'singing'; there are asr, mood"),
         (("good.jsonl", "--model", "nowhere"), "nowhere: no such folder"),
         (("good.jsonl", "--predictions", "."), "directory"),
         (("good.jsonl", "--predictions", "nowhere/p.jsonl"), "its folder does not exist"),
