@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from mowe.projector import BaseFeatures, MoweProjector
 from mowe.router import MoweRouter
 from mowe_kernels import FrameClock, PackPlan, sequence_mean
 from mowe_kernels.plan import device_lengths
+
+if TYPE_CHECKING:
+    from mowe.graphs import MixtureGraph
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,14 @@ class MixtureOfWeakEncoders(nn.Module):
         base_lengths: frames of each clip that are not padding, host integers; all T by default.
         Raises AudioError where base features and waveforms do not go together.
         """
+        lengths = self.check(base, waveforms, base_lengths)
+        batch, frames, _ = base.shape
+        starts = torch.arange(batch, device=base.device, dtype=torch.int32) * frames
+        features = ClipFeatures(AudioBatch.from_waveforms(waveforms, base.device), self.pool.config.context)
+        return self.mix(BaseFeatures(base.flatten(0, 1), starts, lengths, self.base_clock), features)
+
+    def check(self, base: Tensor, waveforms: Sequence[Tensor], base_lengths: Sequence[int] | None) -> tuple[int, ...]:
+        """Frames of each clip that are not padding; raises AudioError as `forward` does."""
         width = self.config.audio_config.hidden_size
         if base.dim() != 3 or base.shape[2] != width or base.shape[0] != len(waveforms):
             raise AudioError(f"base must be [{len(waveforms)}, T, {width}], one entry a clip, got {list(base.shape)}")
@@ -84,9 +96,15 @@ class MixtureOfWeakEncoders(nn.Module):
         lengths = tuple(base_lengths) if base_lengths is not None else (frames,) * batch
         if len(lengths) != batch or not all(0 < length <= frames for length in lengths):
             raise AudioError(f"base_lengths must be {batch} numbers in 1..{frames}, got {list(lengths)}")
-        starts = torch.arange(batch, device=base.device, dtype=torch.int32) * frames
-        features = ClipFeatures(AudioBatch.from_waveforms(waveforms, base.device), self.pool.config.context)
-        return self.mix(BaseFeatures(base.flatten(0, 1), starts, lengths, self.base_clock), features)
+        return lengths
+
+    def capture(self, clips: int, samples: int, frames: int) -> MixtureGraph:
+        """The mixture as a CUDA graph, called like this module: for `clips` clips of up to `samples` samples and
+        `frames` base frames, whatever their lengths and routing. For inference: no gradient flows.
+        """
+        from mowe.graphs import MixtureGraph
+
+        return MixtureGraph(self, clips, samples, frames)
 
     def mix(self, base: BaseFeatures, features: ClipFeatures) -> MixtureOutput:
         """The mixture over packed base features and the clips they come from, in its own dtype, autocast or not."""

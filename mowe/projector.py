@@ -71,6 +71,13 @@ class MoweProjector(nn.Module):
             nn.init.normal_(weight, std=(weight.shape[-1] * self.taps) ** -0.5)
         nn.init.zeros_(self.bias)
 
+    def levels(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Frames of each clip before the first stage and after each, the last being its tokens."""
+        levels = [list(lengths)]
+        for stride in self.strides:
+            levels.append(projected_lengths(levels[-1], [stride]))
+        return levels
+
     def forward(
         self, base: BaseFeatures, weak: PoolOutput, weights: Tensor, clocks: Sequence[FrameClock]
     ) -> tuple[Tensor, Tensor, tuple[int, ...]]:
@@ -79,9 +86,7 @@ class MoweProjector(nn.Module):
         weights: float32 [B, k]. clocks: when the frames of each family happen.
         """
         device, dtype = base.rows.device, self.base_weight.dtype
-        lengths = [list(base.lengths)]
-        for stride in self.strides:
-            lengths.append(projected_lengths(lengths[-1], [stride]))
+        lengths = self.levels(base.lengths)
         on_device = device_lengths(lengths, device)
         offsets = torch.nn.functional.pad(on_device.cumsum(1, dtype=torch.int32), (1, 0))
         h = mixture_project(

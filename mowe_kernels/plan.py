@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,13 +160,12 @@ class PackPlan:
         high = low + layout.num_encoders[index]
         slots = self.position.shape[1]
         repeats = min(slots, high - low)  # one clip cannot occupy more pairs of a family than it has encoders
-        # In a pool of several families most pairs of each are absent. A compiled graph must fit all lengths.
-        alike = len(layout.num_encoders) == 1 and not torch.compiler.is_compiling()
+        alike = len(layout.num_encoders) == 1 and not only_bounds()  # of several families, most pairs are absent
         levels = []
         for level in range(first, first + layout.num_levels[index]):
             cu_seqlens = self.cu_seqlens[level]
             bound = repeats * sum(self.lengths[level])
-            if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+            if cu_seqlens.device.type == "cpu" and not only_bounds():
                 bound = int(cu_seqlens[-1])
             offsets = self.group_offsets[level, low : high + 1]
             lengths = self.lengths[level]
@@ -173,8 +173,30 @@ class PackPlan:
         return FamilyPlan(self.order // slots, self.encoder - low, tuple(levels))
 
 
+# What `device_lengths` gives instead of copies, in the order of the calls, while a CUDA graph is made.
+_tables: Iterator[Tensor] | None = None
+
+
+@contextmanager
+def static_lengths(tables: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, `device_lengths` gives these tensors, one a call, and host lengths are upper bounds of what they hold."""
+    global _tables
+    before, _tables = _tables, iter(tables)
+    try:
+        yield
+    finally:
+        _tables = before
+
+
+def only_bounds() -> bool:
+    """Whether shapes must fit other lengths and another routing too: in a compiled graph, and in a CUDA graph."""
+    return _tables is not None or torch.compiler.is_compiling()
+
+
 def device_lengths(lengths: Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """Host integers as int32 [n] or [L, n] on a device, without waiting for it."""
+    if _tables is not None:
+        return next(_tables)
     if torch.compiler.is_compiling():
         nested = isinstance(lengths[0], (list, tuple))
         flat = [n for row in lengths for n in row] if nested else list(lengths)

@@ -13,6 +13,7 @@ from mowe.errors import ConfigError, naming
 from mowe.families.convert import Entry, encoder_state_dict, load_encoder
 from mowe.features import Spectrogram, log_mel_rows, normalize_waves
 from mowe_kernels import FamilyPlan, FrameClock
+from mowe_kernels.plan import only_bounds
 
 Context = Literal["valid", "window"]
 
@@ -124,7 +125,7 @@ class EncoderFamily(nn.Module):
         x, starts = self.inputs(features)
         x = x.to(self.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            if x.device.type != "cpu" or torch.compiler.is_compiling():
+            if x.device.type != "cpu" or only_bounds():
                 return self.encode(x, starts[plan.clip], plan)
             # The CPU gains nothing from wide batches: few rows of one encoder at a time stay in cache and reuse memory.
             # Where a gradient is kept, every part costs one of the size of all encoders: then as few as possible.

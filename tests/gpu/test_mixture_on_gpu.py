@@ -6,15 +6,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from mowe import EncoderPool, MixtureOfWeakEncoders, MoweConfig
 from mowe_kernels import use_backend
 from tests.mowe.encoders import clip, hubert, relative_error, whisper
+from tests.mowe_kernels.triton.accuracy import DEVICE
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("triton_kernels")]
 
@@ -42,22 +45,25 @@ def made(dtype: torch.dtype = torch.float32) -> MixtureOfWeakEncoders:
     )
     mixture = MixtureOfWeakEncoders(config, pool)
     torch.nn.init.normal_(mixture.router.dependent.weight, std=0.4)
-    return mixture.to("cuda", dtype)
+    return mixture.to(DEVICE, dtype)
 
 
-def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, list[Tensor], list[int]]:
+def inputs(
+    dtype: torch.dtype = torch.float32, lengths: list[int] | None = None
+) -> tuple[Tensor, list[Tensor], list[int]]:
     """Base features, waveforms on the host, and how many base frames are real."""
     torch.manual_seed(1)
-    frames = [-(-(samples // 160) // 2) for samples in LENGTHS]
-    base = torch.randn(len(LENGTHS), max(frames), BASE_WIDTH).to("cuda", dtype)
-    return base, [clip(samples, seed) for seed, samples in enumerate(LENGTHS)], frames
+    lengths = lengths or LENGTHS
+    frames = [-(-(samples // 160) // 2) for samples in lengths]
+    base = torch.randn(len(lengths), max(frames), BASE_WIDTH).to(DEVICE, dtype)
+    return base, [clip(samples, seed) for seed, samples in enumerate(lengths)], frames
 
 
 def results(mixture: MixtureOfWeakEncoders, dtype: torch.dtype) -> dict[str, Tensor]:
     """Tokens, and the gradient of every parameter that has one."""
     mixture.zero_grad()
     out = mixture(*inputs(dtype))
-    (out.tokens.float() @ torch.linspace(-1, 1, OUT, device="cuda")).mean().backward()
+    (out.tokens.float() @ torch.linspace(-1, 1, OUT, device=DEVICE)).mean().backward()
     gradients = {name: p.grad.clone() for name, p in mixture.named_parameters() if p.grad is not None}
     return {"tokens": out.tokens.detach(), **gradients}
 
@@ -79,11 +85,8 @@ def test_forward_and_backward_never_wait_for_the_device():
     mixture = made()
     results(mixture, torch.float32)  # compiles the kernels
     given = inputs()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         mixture(*given).tokens.sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -101,6 +104,53 @@ def test_a_clip_does_not_depend_on_its_batch():
     for b in range(len(waves)):
         alone = mixture(base[b : b + 1], waves[b : b + 1], frames[b : b + 1])
         assert relative_error(together.clip(b), alone.clip(0)) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_a_cuda_graph_under_other_lengths_and_another_routing(dtype):
+    """Replays are the mixture, and nothing of them waits for the device."""
+    mixture = made(dtype).eval()
+    graph = mixture.capture(len(LENGTHS), max(LENGTHS), -(-(max(LENGTHS) // 160) // 2))
+    chosen = set()
+    for part in (1, 2, 3):
+        mixture.router.dependent.weight.neg_()
+        mixture.router.independent_logits.copy_(mixture.router.independent_logits.roll(1) + part)
+        given = inputs(dtype, [max(401, samples // part) for samples in LENGTHS])
+        with no_waiting():
+            out = graph(*given)
+        expected = mixture(*given)
+        assert out.lengths == expected.lengths
+        assert torch.equal(out.indices, expected.indices)
+        least = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+        assert relative_error(out.tokens, expected.tokens) <= least
+        chosen.add(str(out.indices.tolist()))
+    assert len(chosen) > 1
+
+
+def test_one_graph_of_torch_compile_for_all_lengths():
+    mixture, counter = made(), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(mixture, backend=counter, fullgraph=True, dynamic=True)
+    graphs = set()
+    for part in (1, 2, 3):
+        given = inputs(lengths=[max(401, samples // part) for samples in LENGTHS])
+        out, expected = compiled(*given).tokens, mixture(*given).tokens
+        assert relative_error(out, expected) <= 1e-5
+        out.sum().backward()
+        graphs.add(counter.frame_count)
+    assert len(graphs) == 1
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Whatever waits for the device fails."""
+    if DEVICE.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if DEVICE.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @torch.no_grad()

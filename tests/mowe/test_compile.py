@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from mowe import EncoderPool, MixtureOfWeakEncoders, MoweConfig
 from tests.mowe.encoders import assert_same, assert_same_gradients, clip, hubert, whisper
+from tests.mowe_kernels.checks import opcheck
 
 OUT = 20
 BATCHES = ((16_000, 401, 33_333), (20_000, 999, 12_345), (8_000, 9_999, 2_345), (9_999, 99_000, 480), (640, 640, 640))
@@ -41,6 +42,19 @@ def inputs(lengths: tuple[int, ...]) -> tuple[Tensor, list[Tensor], list[int]]:
     """Base features, padded to the longest clip, waveforms, and how many base frames are real."""
     frames = [-(-(samples // 160) // 2) for samples in lengths]
     return torch.randn(len(lengths), max(frames), 32), [clip(n, i) for i, n in enumerate(lengths)], frames
+
+
+OPS = {
+    "device_lengths": ([3, 1, 4], torch.device("cpu")),
+    "lay_out": ([torch.ones(5), torch.ones(3)], torch.device("cpu")),
+    "log_mel": (torch.randn(1_200), [800, 400], "valid", 80),
+    "normalize_waves": (torch.randn(1_200), [800, 400]),
+}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_registration(name):
+    opcheck(getattr(torch.ops.mowe, name).default, OPS[name])
 
 
 @pytest.mark.parametrize("context", ["valid", "window"])

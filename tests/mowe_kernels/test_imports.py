@@ -19,7 +19,7 @@ LEVELS = (
     ("mowe.plots", "mowe.families", "mowe.losses", "mowe.quantization"),
     ("mowe.checkpoint",),
     ("mowe.pool", "mowe.router", "mowe.projector"),
-    ("mowe.mixture",),
+    ("mowe.mixture", "mowe.graphs"),
     ("mowe.modeling_mowe", "mowe.processing_mowe"),
     ("mowe.attach", "mowe.data"),
     ("mowe.evaluation",),

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "mowe_kernels"
-MODULES = [*PACKAGE.glob("triton/*.py"), *PACKAGE.glob("ops/*.py"), PACKAGE / "plan.py"]
+ROOMS = ("triton", "ops", "attention")
+MODULES = [*(path for room in ROOMS for path in PACKAGE.glob(f"{room}/*.py")), PACKAGE / "plan.py"]
 MODULES = sorted(path for path in MODULES if path.name != "_compilation.py")  # which launches nothing
 METHODS = {"item", "tolist", "cpu", "numpy", "nonzero", "masked_select", "synchronize"}
 

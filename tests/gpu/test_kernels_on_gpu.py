@@ -1,0 +1,180 @@
+"""The kernels on a CUDA device beside the mixture: offsets past 2^31 elements, peak memory, and the memory checker."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from functools import partial
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import mowe_kernels as mk
+from mowe_kernels import use_backend
+from tests.mowe_kernels.triton.accuracy import DEVICE
+from tests.mowe_kernels.triton.test_tune import TINY
+
+pytestmark = pytest.mark.gpu
+
+ROOT = Path(__file__).resolve().parents[2]
+PAST_2_31 = 2**31 + 2**20
+LAST = 100  # rows of the last sequence, and of the last encoder, which lie past all others
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+
+
+def zeros(elements: int, *widths: int) -> Tensor:
+    """So many elements or a few more; all zeros but the last rows."""
+    x = torch.zeros(elements // prod(widths) + LAST, *widths, dtype=DTYPE, device=DEVICE)
+    x[-LAST:] = torch.randn(LAST, *widths, dtype=DTYPE, device=DEVICE)
+    return x
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=DTYPE, device=DEVICE) / shape[-1] ** 0.5
+
+
+def ints(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return mk.grouped_linear(x, weight, bias, bounds(x), activation="gelu")
+
+
+def mlp(x: Tensor, norm: Tensor, fc1: Tensor, b1: Tensor, fc2: Tensor) -> Tensor:
+    return mk.grouped_mlp(x, norm, norm, fc1, b1, fc2, norm, bounds(x))
+
+
+def conv(x: Tensor, weight: Tensor) -> Tensor:
+    last = x.shape[0] - LAST
+    pairs = {"starts": ints(0, last), "lengths": ints(last, LAST), "encoder": ints(0, 1)}
+    return mk.grouped_conv1d(x, weight, None, **pairs, cu_seqlens=bounds(x), num_rows=x.shape[0], padding=1)
+
+
+def norm(x: Tensor, weight: Tensor) -> Tensor:
+    return mk.sequence_norm(x, weight, weight, encoder=ints(0, 1), cu_seqlens=bounds(x))
+
+
+def mean(x: Tensor) -> Tensor:
+    last = x.shape[0] - LAST
+    return mk.sequence_mean(x, ints(0, last), ints(last, LAST))[1:].expand(LAST, -1)
+
+
+def attention(qkv: Tensor) -> Tensor:
+    """Sequences of at most 1500 rows before the last one."""
+    last = qkv.shape[0] - LAST
+    return mk.varlen_attention(qkv, ints(*range(0, last, 1500), last, qkv.shape[0]), 1500)
+
+
+def project(rows: Tensor, base_weight: Tensor, row_weight: Tensor) -> Tensor:
+    """One clip, served by the last pair; its base features are the same rows."""
+    last, clock = rows.shape[0] - LAST, mk.FrameClock(320, 0)
+    return mk.mixture_project(
+        rows, [rows], torch.ones(1, 2, device=DEVICE), base_starts=ints(last), base_lengths=ints(LAST),
+        row_offsets=[bounds(rows)], position=ints(1, 1)[None], base_weight=base_weight, row_weights=[row_weight],
+        bias=None, base_clock=clock, row_clocks=[clock], cu_seqlens=ints(0, LAST), num_rows=LAST, stride=1,
+    )  # fmt: skip
+
+
+def bounds(x: Tensor) -> Tensor:
+    return ints(0, x.shape[0] - LAST, x.shape[0])
+
+
+def far_cases(width: int) -> dict[str, tuple]:
+    """The op, the width of its packed rows, its parameters."""
+    n = width
+    return {
+        "grouped_linear": (linear, (n,), (random(2, n, n), random(2, n))),
+        "grouped_mlp, fused": (mlp, (n // 4,), _mlp_parameters(n // 4)),
+        "grouped_mlp": (mlp, (n,), _mlp_parameters(n)),
+        "grouped_layer_norm": (
+            lambda x, weight: mk.grouped_layer_norm(x, weight, weight, bounds(x)), (n,), (random(2, n),)
+        ),
+        "varlen_attention": (attention, (3, 2, 64), ()),
+        "grouped_conv1d": (conv, (n,), (random(2, n, 3, n),)),
+        "sequence_norm": (norm, (n,), (random(2, n),)),
+        "sequence_mean": (mean, (n,), ()),
+        "mixture_project": (project, (n,), (random(64, 1, n), random(2, 64, 1, n))),
+    }  # fmt: skip
+
+
+def _mlp_parameters(d: int) -> tuple[Tensor, ...]:
+    return random(2, d), random(2, 4 * d, d), random(2, 4 * d), random(2, d, 4 * d)
+
+
+FAR_WIDTH = 1536 if DEVICE.type == "cuda" else 16
+
+
+@pytest.mark.parametrize("case", far_cases(16))
+def test_rows_past_2_31_elements(case):
+    """The last rows, and the gradient that they give, are what they are alone."""
+    check_far(case, PAST_2_31)
+
+
+def check_far(case: str, elements: int) -> None:
+    op, widths, parameters = far_cases(FAR_WIDTH)[case]
+    x = zeros(elements, *widths)
+    if DEVICE.type == "cuda" and torch.cuda.mem_get_info()[0] < 6 * x.nbytes:
+        pytest.skip(f"{6 * x.nbytes >> 30} GiB of device memory are needed")
+    grad = None
+    results = []
+    for rows in (x, x[-LAST:].clone()):
+        leaf = rows.requires_grad_()
+        with use_backend("triton"):
+            out = op(leaf, *parameters)
+            grad = torch.randn_like(out[-LAST:]) if grad is None else grad
+            whole = torch.zeros_like(out)
+            whole[-LAST:] = grad
+            (grad_x,) = torch.autograd.grad(out, leaf, whole)
+        results.append((out[-LAST:].detach().clone(), grad_x[-LAST:].clone()))
+        del out, whole, grad_x, leaf
+    for far, alone in zip(*results, strict=True):
+        assert far.norm() > 0
+        torch.testing.assert_close(far, alone, rtol=2 * torch.finfo(DTYPE).eps, atol=4 * torch.finfo(DTYPE).eps)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("op", "floats"), [("mlp", 2), ("attention", 1)])
+def test_peak_memory(op, floats):
+    """What a narrow encoder's fused feed-forward half and its attention hold beside their input: no hidden values, no
+    scores. floats: outputs of the input's rows and width.
+    """
+    rows, d = 48_000, 384
+    x = torch.randn(rows, d, dtype=torch.bfloat16, device=DEVICE)
+    qkv = torch.randn(rows, 3, 6, 64, dtype=torch.bfloat16, device=DEVICE)
+    parameters = [p.bfloat16() for p in _mlp_parameters(d)]
+    call = partial(attention, qkv) if op == "attention" else partial(mlp, x, *parameters)
+    with use_backend("triton"):
+        call()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out = call()
+    assert torch.cuda.max_memory_allocated() - before <= floats * out.nbytes + 2**20
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")
+def test_no_access_out_of_bounds():
+    """The small grid of `mowe_kernels.tune`, every allocation its own, under the memory checker."""
+    small_grid()  # compiles the kernels
+    command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c"]
+    code = "from tests.gpu.test_kernels_on_gpu import small_grid; small_grid()"
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run([*command, code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+
+
+def small_grid() -> None:
+    """Every op, forward and backward, on few rows; exits with code 1 where a result is wrong."""
+    from mowe_kernels.tune.__main__ import wrong_results
+    from mowe_kernels.tune.cases import cases
+
+    dtypes = (torch.float32, torch.bfloat16) if DEVICE.type == "cuda" else (torch.float32,)
+    wrong = [said for its_cases in cases(TINY, DEVICE).values() for said in wrong_results(its_cases, dtypes)]
+    if wrong:
+        sys.exit("\n".join(wrong))

@@ -1,0 +1,42 @@
+"""The bodies of the GPU tests, as far as the CPU goes: short clips in plain torch, few rows in Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mowe import graphs
+from tests.gpu import test_kernels_on_gpu as kernels
+from tests.gpu import test_mixture_on_gpu as mixture
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the tests themselves run here")
+
+
+@pytest.fixture
+def short_clips(monkeypatch) -> None:
+    monkeypatch.setattr(mixture, "LENGTHS", [1_300, 401, 2_000])
+
+
+@pytest.fixture
+def again(monkeypatch) -> None:
+    monkeypatch.setattr(graphs, "_capture", lambda run, device: run)
+
+
+@pytest.mark.usefixtures("short_clips", "again")
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda: mixture.test_error_is_at_most_twice_that_of_plain_torch(torch.float32),
+        mixture.test_forward_and_backward_never_wait_for_the_device,
+        lambda: mixture.test_two_runs_are_bitwise_equal(torch.float32),
+        mixture.test_a_clip_does_not_depend_on_its_batch,
+        lambda: mixture.test_a_cuda_graph_under_other_lengths_and_another_routing(torch.float32),
+    ],
+)
+def test_of_the_mixture(body):
+    body()
+
+
+@pytest.mark.parametrize("case", kernels.far_cases(16))
+def test_rows_far_away(case):
+    kernels.check_far(case, 3_000)
