@@ -340,7 +340,8 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
     ) -> MoweCausalLMOutputWithPast:
         """input_ids: [B, T] with `audio_token_id` at the audio's places. input_features, input_features_mask: [N, S],
         windows of audio in the order of their placeholders (see get_audio_features). labels: [B, T], -100 where no
-        loss is wanted. The rest is as in transformers.
+        loss is wanted. Under gradient accumulation, the router loss counts by the share of num_windows_in_batch, the
+        windows of all accumulated batches, or else by `loss_share`. The rest is as in transformers.
         """
         mixture = None
         given = (input_ids is not None) + (inputs_embeds is not None)
@@ -350,6 +351,7 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
             inputs_embeds, mixture = self.model.embed(input_ids, input_features, input_features_mask)
         kwargs.pop("return_dict", None)
         num_items = kwargs.pop("num_items_in_batch", None)
+        num_windows = kwargs.pop("num_windows_in_batch", None)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -365,7 +367,8 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
             vocab_size = self.config.text_config.vocab_size
             loss = self.loss_function(outputs.logits, labels, vocab_size=vocab_size, num_items_in_batch=num_items)
             if aux_loss is not None:
-                loss = loss + aux_loss.to(loss.device) * loss_share(labels, num_items)
+                share = loss_share(labels, num_items) if num_windows is None else len(mixture.indices) / num_windows
+                loss = loss + aux_loss.to(loss.device) * share
         return MoweCausalLMOutputWithPast(
             loss=loss,
             logits=outputs.logits,

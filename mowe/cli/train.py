@@ -24,7 +24,11 @@ def run(config: Path, overrides: Sequence[str], resume: bool, screen: Screen) ->
     first = PartialState(cpu=not torch.cuda.is_available()).is_main_process
     if not first:
         screen = Screen(as_json=True)  # of several processes one speaks
-    result = train(settings, resume, [_Report(screen)], screen.track)
+    report = _Report(screen)
+    try:
+        result = train(settings, resume, [report], screen.track)
+    finally:
+        report.close()
     if not first:
         return
     screen.left_out(result.skipped)
@@ -53,8 +57,13 @@ class _Report(TrainerCallback):
             self.counter.update(state.global_step, "  ".join(losses))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back."""
         if self.counter is not None:
             self.counter.close()
+            self.counter = None
 
 
 def _is_loss(name: str) -> bool:

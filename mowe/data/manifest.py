@@ -183,4 +183,4 @@ def _as_example(row: Any, line: int, manifest: Path, tasks: Collection[str] | No
     if tasks is not None and row["task"] not in tasks:
         raise DataError(f"unknown task {row['task']!r}; known: {', '.join(sorted(tasks))}")
     more = {name: value for name, value in row.items() if name not in _REQUIRED}
-    return Example(audio, *(row[name] for name in _TEXTS), line, more=more)
+    return Example(audio, row["task"], row["prompt"], row["answer"], line, more=more)

@@ -63,6 +63,7 @@ class EncoderFamily(nn.Module):
     """
 
     encoder_class: ClassVar[type[PreTrainedModel]]  # what `to_transformers` gives back
+    fixed: ClassVar[tuple[str, ...]] = ()  # parameters that are given and never learned
     hidden_size: int
     num_levels: int
 
@@ -121,7 +122,10 @@ class EncoderFamily(nn.Module):
         Computed in the parameters' dtype, autocast or not.
         """
         if not plan.rows.num_rows:  # known on the CPU alone: nobody chose an encoder of this family
-            return next(self.parameters()).new_empty(0, self.hidden_size)
+            # Of no entries of each parameter: all get a gradient, which other processes may be waiting for.
+            none = next(self.parameters()).new_empty(0)
+            of_each = (parameter.flatten()[:0] for parameter in self.parameters() if parameter.requires_grad)
+            return torch.cat([none, *of_each]).view(0, self.hidden_size)
         x, starts = self.inputs(features)
         x = x.to(self.dtype)
         with torch.autocast(x.device.type, enabled=False):
@@ -129,7 +133,8 @@ class EncoderFamily(nn.Module):
                 return self.encode(x, starts[plan.clip], plan)
             # The CPU gains nothing from wide batches: few rows of one encoder at a time stay in cache and reuse memory.
             # Where a gradient is kept, every part costs one of the size of all encoders: then as few as possible.
-            parts = plan.by_encoder() if torch.is_grad_enabled() else plan.by_encoder(_ROWS_IN_CACHE)
+            kept = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
+            parts = plan.by_encoder() if kept else plan.by_encoder(_ROWS_IN_CACHE)
             return torch.cat([self.encode(x, starts[part.clip], part) for part in parts])
 
     @property
@@ -138,6 +143,12 @@ class EncoderFamily(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise what the family holds besides its layers."""
+
+    def hold_fixed(self) -> None:
+        """Keep fixed what is fixed; transformers' loading makes all floating-point parameters learn."""
+        for name in self.fixed:
+            if getattr(self, name) is not None:
+                getattr(self, name).requires_grad = False
 
     def load_encoder(self, index: int, encoder: nn.Module) -> None:
         """Copy a transformers encoder into place `index`. Raises CheckpointError where it does not fit."""

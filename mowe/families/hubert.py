@@ -31,6 +31,7 @@ class HubertFamily(EncoderFamily):
     """
 
     encoder_class = HubertModel
+    fixed = ("masked_spec_embed",)
 
     def __init__(self, configs: list[HubertConfig], do_normalize: bool = False):
         super().__init__(configs, do_normalize)
@@ -71,7 +72,8 @@ class HubertFamily(EncoderFamily):
         )
         # Masks frames in self-supervised training; kept so that the encoder can be given back whole.
         masks = config.mask_time_prob > 0 or config.mask_feature_prob > 0
-        self.masked_spec_embed = nn.Parameter(torch.zeros(encoders, width), requires_grad=False) if masks else None
+        self.masked_spec_embed = nn.Parameter(torch.zeros(encoders, width)) if masks else None
+        self.hold_fixed()
 
     @classmethod
     def signature(cls, config: HubertConfig, do_normalize: bool) -> tuple[Any, ...]:

@@ -27,6 +27,7 @@ class WhisperFamily(EncoderFamily):
     """
 
     encoder_class = WhisperEncoder
+    fixed = ("embed_positions",)
     num_levels = 2
 
     def __init__(self, configs: list[WhisperConfig], do_normalize: bool = False):
@@ -37,9 +38,7 @@ class WhisperFamily(EncoderFamily):
         self.max_frames = config.max_source_positions
         self.conv1 = StackedConv(encoders, config.num_mel_bins, width, taps=3)
         self.conv2 = StackedConv(encoders, width, width, taps=3)
-        self.embed_positions = nn.Parameter(
-            torch.zeros(encoders, config.max_source_positions, width), requires_grad=False
-        )
+        self.embed_positions = nn.Parameter(torch.zeros(encoders, config.max_source_positions, width))
         self.layers = nn.ModuleList(
             StackedLayer(
                 encoders, width, config.encoder_attention_heads, config.encoder_ffn_dim, pre_norm=True, key_bias=False
@@ -47,6 +46,7 @@ class WhisperFamily(EncoderFamily):
             for _ in range(config.encoder_layers)
         )
         self.layer_norm = StackedNorm(encoders, width)
+        self.hold_fixed()
 
     @classmethod
     def signature(cls, config: WhisperConfig, do_normalize: bool) -> tuple[Any, ...]:

@@ -177,7 +177,7 @@ class TrainConfig:
             raise ConfigError("stages: expected at least one, got none")
         _positive(self, "accumulate", "log_every", "save_every", "evaluate_every", "keep")
         _not_negative(self, "seed", "weight_decay", "max_grad_norm")
-        if self.fsdp and any(isinstance(self.trainable_in(i).pool, list) for i in range(len(self.stages))):
+        if self.fsdp and any(isinstance((stage.trainable or self.trainable).pool, list) for stage in self.stages):
             raise ConfigError(
                 "fsdp: the encoders of the pool are sharded together, trainable.pool must be true or false"
             )
@@ -187,9 +187,6 @@ class TrainConfig:
                 raise ConfigError(f"trainer.{name}: is set by {_OURS[name]}")
             if name not in known:
                 raise ConfigError(f"trainer.{name}: no field of TrainingArguments{_suggest(name, known)}")
-
-    def trainable_in(self, stage: int) -> TrainableConfig:
-        return self.stages[stage].trainable or self.trainable
 
 
 _OURS = {
@@ -201,8 +198,13 @@ _OURS = {
     "save_steps": "save_every", "save_strategy": "save_every", "save_total_limit": "keep",
     "eval_steps": "evaluate_every", "eval_strategy": "evaluate_every", "report_to": "tensorboard", "fsdp": "fsdp",
     "dataloader_num_workers": "data.workers", "load_best_model_at_end": "keep", "push_to_hub": "output",
+    **dict.fromkeys(
+        ("prediction_loss_only", "remove_unused_columns", "accelerator_config", "disable_tqdm", "use_cpu",
+         "fsdp_config", "ddp_find_unused_parameters", "ddp_broadcast_buffers"),
+        "training here",
+    ),
 }  # fmt: skip
-"""Fields of TrainingArguments that have a place of their own here."""
+"""What sets those fields of TrainingArguments that cannot be given under `trainer`."""
 
 
 def read_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainConfig:

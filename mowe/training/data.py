@@ -43,8 +43,11 @@ class FrameBatches(Sampler[list[int]]):
         weights: Sequence[float] | None = None,
         seed: int = 0,
         num_batches: int | None = None,
+        multiple_of: int = 1,
     ):
-        """frames: of each example. num_batches: how many there are; those of one pass by default."""
+        """frames: of each example. num_batches: how many there are; those of one pass by default, cut up until their
+        number is a multiple of `multiple_of`.
+        """
         longest = max(range(len(frames)), key=frames.__getitem__)
         if frames[longest] > batch_frames:
             raise ConfigError(f"data.batch_frames is {batch_frames} but a clip has {frames[longest]} frames")
@@ -55,7 +58,10 @@ class FrameBatches(Sampler[list[int]]):
         if not sum(self.weights) > 0:
             raise ConfigError("data.task_weights leave nothing to train on")
         self.seed = seed
-        self.num_batches = num_batches if num_batches is not None else len(self.one_pass(0))
+        self.multiple_of = multiple_of
+        of_one_pass = len(self.one_pass(0))
+        self.num_batches = of_one_pass if num_batches is None else num_batches
+        self.passes = self.num_batches / of_one_pass
 
     def __len__(self) -> int:
         return self.num_batches
@@ -80,6 +86,7 @@ class FrameBatches(Sampler[list[int]]):
         drawn = [
             index for index, weight in enumerate(self.weights) for _ in range(int(weight) + (rng.random() < weight % 1))
         ]
+        drawn = drawn or rng.choices(range(len(self.frames)), self.weights)  # of weights near zero
         rng.shuffle(drawn)
         total = sum(self.frames[index] for index in drawn)
         pools = max(1, total // (self.batch_frames * _POOLED_BATCHES))
@@ -87,6 +94,17 @@ class FrameBatches(Sampler[list[int]]):
         for pool in range(pools):
             batches += self._cut(sorted(drawn[pool::pools], key=self.frames.__getitem__))
         rng.shuffle(batches)
+        return self._even(batches)
+
+    def _even(self, batches: list[list[int]]) -> list[list[int]]:
+        """Every process has as many; where there are fewer clips than processes, some come twice."""
+        while len(batches) % self.multiple_of:
+            largest = max(range(len(batches)), key=lambda i: len(batches[i]))
+            clips = batches[largest]
+            half = len(clips) // 2
+            batches = [*batches, clips[half:]]
+            if half:
+                batches[largest] = clips[:half]
         return batches
 
     def _cut(self, indices: Sequence[int]) -> list[list[int]]:
@@ -118,7 +136,9 @@ class Collator:
             for wave, example in zip(waves, examples, strict=True)
         ]
         answers = [example.answer for example in examples]
-        inputs = self.processor.apply_chat_template(conversations, tokenize=True, answers=answers, padding_side="right")
+        inputs: Any = self.processor.apply_chat_template(
+            conversations, tokenize=True, answers=answers, padding_side="right"
+        )
         window = self.processor.feature_extractor.window_samples
         places = [self.tasks.index(example.task) for example in examples]
         counts = torch.tensor([-(-len(wave) // window) for wave in waves])

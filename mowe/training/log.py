@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from mowe.errors import CheckpointError
+from mowe.files import write_text
 from mowe.training.routing import KINDS, RoutingMeter
 
 
@@ -28,7 +30,7 @@ class RunLog(TrainerCallback):
                     for line in read_lines(self.folder / name)
                     if (line["stage"], line["step"]) <= (self.stage, state.global_step)
                 ]
-                (self.folder / name).write_text("".join(map(_as_line, kept)), encoding="utf-8")
+                write_text(self.folder / name, "".join(map(_as_line, kept)), "the log")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
@@ -43,8 +45,11 @@ class RunLog(TrainerCallback):
             self._append("routing.jsonl", {**at, "windows": routes})
 
     def _append(self, name: str, entry: dict[str, Any]) -> None:
-        with (self.folder / name).open("a", encoding="utf-8") as file:
-            file.write(_as_line(entry))
+        try:
+            with (self.folder / name).open("a", encoding="utf-8") as file:
+                file.write(_as_line(entry))
+        except OSError as error:
+            raise CheckpointError(f"{self.folder / name}: cannot be written ({error.strerror})") from None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -24,7 +24,8 @@ class Parts:
         self.names: list[str] = []
         self.frozen: list[nn.Module] = []
         self._learnable = {parameter for parameter in model.parameters() if parameter.requires_grad}
-        self._held: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        self._held: list[tuple[nn.Parameter, list[int]]] = []
+        self._kept: list[Tensor] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._adapted = None
         if lora is not None:
@@ -60,10 +61,30 @@ class Parts:
         families = (self.model.audio_tower, *pool.families)
         self.frozen = [f for f in families if not any(parameter.requires_grad for parameter in f.parameters())]
 
+    def store_in_bf16(self, stages: Sequence[TrainableConfig]) -> None:
+        """Put encoders, projector and language model into bfloat16, except those that learn in one of the stages."""
+        learning: set[str] = set()
+        for stage in stages:
+            self.choose(stage)
+            learning.update(self.names)
+        mixture = self.model.model.mixture
+        parts = [self.model.audio_tower, *mixture.pool.families, mixture.multi_modal_projector]
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        for part in (*parts, self.model.language_model):
+            still = [p for p in part.parameters() if "lora_" not in names[p]]
+            if not learning.intersection(names[p] for p in still):
+                for parameter in still:
+                    parameter.data = parameter.data.to(torch.bfloat16)
+
     @torch.no_grad()
-    def restore(self) -> None:
-        """Undo what a step of the optimiser (its weight decay) did to encoders that share a stack but do not learn."""
-        for parameter, still, values in self._held:
+    def before_step(self) -> None:
+        """Note the encoders that share a stack with others which learn, but do not themselves."""
+        self._kept = [parameter[still].clone() for parameter, still in self._held]
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Undo what the optimiser did to them all the same (its weight decay)."""
+        for (parameter, still), values in zip(self._held, self._kept, strict=True):
             parameter[still] = values
 
     def merge(self) -> MoweForConditionalGeneration:
@@ -76,9 +97,12 @@ class Parts:
 
     def _hold(self, family: nn.Module, learning: Sequence[bool]) -> None:
         """Some encoders of a stack learn and others do not, whose gradient is zero from the start."""
+        still = [place for place, learns in enumerate(learning) if not learns]
+
+        def silence(gradient: Tensor) -> Tensor:
+            return gradient.index_fill(0, torch.tensor(still, device=gradient.device), 0.0)
+
         for parameter in family.parameters():
             if parameter.requires_grad:
-                learns = torch.tensor(learning, device=parameter.device)
-                self._held.append((parameter, ~learns, parameter.detach()[~learns].clone()))
-                mask = learns.view(-1, *[1] * (parameter.dim() - 1))
-                self._hooks.append(parameter.register_hook(lambda gradient, mask=mask: gradient * mask))
+                self._held.append((parameter, still))
+                self._hooks.append(parameter.register_hook(silence))

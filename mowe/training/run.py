@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import DistributedType, PartialState
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoTokenizer,
     PrinterCallback,
@@ -20,17 +24,21 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import is_tensorboard_available
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from mowe.data import Example, Manifest, read_manifest
-from mowe.errors import ConfigError
+from mowe.errors import ConfigError, MoweError
+from mowe.files import make_folder, write_text
 from mowe.modeling_mowe import MoweForConditionalGeneration
 from mowe.processing_mowe import MoweFeatureExtractor, MoweProcessor
+from mowe.training.augment import add_spec_augment
 from mowe.training.config import TrainConfig
 from mowe.training.data import Collator, FrameBatches, base_frames
-from mowe.training.log import RunLog
+from mowe.training.log import RunLog, read_lines
 from mowe.training.parts import Parts
+from mowe.training.picture import training_picture
 from mowe.training.routing import RoutingMeter
 from mowe.training.saving import whole
 from mowe.training.trainer import MoweTrainer
@@ -72,10 +80,11 @@ class _Run:
     def __init__(self, config: TrainConfig, resume: bool, callbacks: Sequence[TrainerCallback], track: Track):
         self.config, self.resume, self.callbacks = config, resume, callbacks
         self.output = Path(config.output)
-        self.world = PartialState(**_device_settings())
+        self.trainable = [stage.trainable or config.trainable for stage in config.stages]
+        self.world = _world(config)
         _check_output(config, resume)
-        manifests = [_read(source.manifest, config, track) for source in config.data.train]
-        validation = [_read(path, config, track) for path in config.data.validation]
+        manifests = [self._read(source.manifest, track) for source in config.data.train]
+        validation = [self._read(path, track) for path in config.data.validation]
         self.skipped = [f"{m.path}: {told}" for m in (*manifests, *validation) for told in m.skipped]
         self.examples = [example for manifest in manifests for example in manifest]
         self.validation = _by_task(example for manifest in validation for example in manifest)
@@ -92,30 +101,53 @@ class _Run:
         self.world.wait_for_everyone()  # every process has seen what was there before one of them writes
 
     def train(self) -> TrainResult:
-        stages = []
         start, checkpoint = self._place_to_resume() if self.resume else (0, None)
         for number in range(start, len(self.config.stages)):
-            entries = self._train_stage(number, checkpoint)
-            stages.append(entries)
+            self._train_stage(number, checkpoint)
             checkpoint = None
         model = self.output / "model"
         if self.world.is_main_process:
             self._save(model)
+            self._draw()
         self.world.wait_for_everyone()
-        return TrainResult(model, stages, self.skipped)
+        entries = read_lines(self.output / "log.jsonl")
+        stages = range(len(self.config.stages))
+        return TrainResult(model, [_last_entries(entries, stage) for stage in stages], self.skipped)
+
+    def _read(self, path: str, track: Track) -> Manifest:
+        """One process decodes the clips, all have the manifest, or the error."""
+        data = self.config.data
+        found: Any = None
+        if self.world.is_main_process:
+            try:
+                found = read_manifest(
+                    path, data.tasks, data.skip_bad, lambda jobs: track(jobs, f"checking {Path(path).name}")
+                )
+            except MoweError as error:
+                found = error
+        (found,) = broadcast_object_list([found])
+        if isinstance(found, MoweError):
+            raise found
+        return found
 
     def _load(self) -> None:
         """The model that training begins with."""
         self.model, self.processor = load(self.config)
-        stages = range(len(self.config.stages))
-        lora = any(self.config.trainable_in(stage).language_model == "lora" for stage in stages)
+        lora = any(stage.language_model == "lora" for stage in self.trainable)
         self.parts = Parts(self.model, self.config.lora if lora else None)
+        if self.config.spec_augment is not None:
+            add_spec_augment(self.model, self.config.spec_augment)
 
-    def _train_stage(self, number: int, checkpoint: str | None) -> dict[str, float]:
-        saved: list[str] = []
-        for earlier in range(number + 1):
-            self.parts.choose(self.config.trainable_in(earlier))
-            saved += [name for name in self.parts.names if name not in saved]
+    def _train_stage(self, number: int, checkpoint: str | None) -> None:
+        if isinstance(self.model, FSDPModule):  # what learns cannot change once it is sharded
+            self._load()
+            self._load_trained(get_last_checkpoint(self._folder(number - 1)))
+        if self.config.bf16:
+            self.parts.store_in_bf16(self.trainable)
+        saved: dict[str, None] = {}
+        for trainable in self.trainable[: number + 1]:
+            self.parts.choose(trainable)
+            saved |= dict.fromkeys(self.parts.names)
         meter = RoutingMeter(self.model, self.tasks)
         arguments, batches = self._arguments(number)
         clips = self.config.data.batch_clips
@@ -129,36 +161,41 @@ class _Run:
             callbacks=[*self.callbacks, RunLog(self.output, number, meter)],
             batches=batches,
             eval_batches={
-                task: FrameBatches(self._frames(examples), self.config.data.batch_frames, batch_clips=clips)
+                task: FrameBatches(
+                    self._frames(examples),
+                    self.config.data.batch_frames,
+                    batch_clips=clips,
+                    multiple_of=self.world.num_processes,
+                )
                 for task, examples in self.validation.items()
             },
             parts=self.parts,
-            saved=saved,
+            saved=list(saved),
             meter=meter,
         )
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
         if self.world.is_main_process:
             _write_config(self.config)
+            for left in self._folder(number).glob("unfinished-*"):  # by a kill
+                shutil.rmtree(left)
         trainer.train(resume_from_checkpoint=checkpoint)
         meter.remove()
-        return _last_entries(trainer.state.log_history)
 
     def _arguments(self, number: int) -> tuple[TrainingArguments, FrameBatches]:
         config, stage = self.config, self.config.stages[number]
         per_step = config.accumulate * self.world.num_processes
-        settings = {
-            "batch_frames": config.data.batch_frames,
-            "batch_clips": config.data.batch_clips,
-            "weights": self.weights,
-            "seed": config.seed + number,
-        }
-        frames = self._frames(self.examples)
-        steps = stage.steps
-        if steps is None:
-            steps = max(1, round(FrameBatches(frames, **settings).batches_in(stage.epochs) / per_step))
-        batches = FrameBatches(frames, **settings, num_batches=steps * per_step)
-        arguments = TrainingArguments(
+        make_batches = partial(
+            FrameBatches,
+            self._frames(self.examples),
+            config.data.batch_frames,
+            batch_clips=config.data.batch_clips,
+            weights=self.weights,
+            seed=config.seed + number,
+        )
+        steps = stage.steps or max(1, round(make_batches().batches_in(stage.epochs or 0) / per_step))
+        batches = make_batches(num_batches=steps * per_step)
+        arguments = _training_arguments(
             output_dir=str(self._folder(number)),
             max_steps=steps,
             learning_rate=stage.learning_rate,
@@ -182,9 +219,11 @@ class _Run:
             accelerator_config={"even_batches": False},
             report_to=["tensorboard"] if config.tensorboard else "none",
             disable_tqdm=True,
-            **_parallel_settings(config),
+            **_parallel_settings(config, self.model),
             **config.trainer,
         )
+        if config.fsdp and arguments.use_cpu:  # accelerate would not shard; torch does, on GPUs or not
+            arguments.distributed_state.distributed_type = DistributedType.MULTI_GPU
         return arguments, batches
 
     def _frames(self, examples: Sequence[Example]) -> list[int]:
@@ -217,15 +256,22 @@ class _Run:
             model.save_pretrained(unfinished)
             self.processor.save_pretrained(unfinished)
 
+    def _draw(self) -> None:
+        names = [
+            f"{encoder.model_type} {i}" for i, encoder in enumerate(self.model.config.pool_config.encoder_configs())
+        ]
+        entries = read_lines(self.output / "routing.jsonl")
+        training_picture(self.output / "routing.png", entries, names, "Who listened as training went on")
+
 
 def load(config: TrainConfig) -> tuple[MoweForConditionalGeneration, MoweProcessor]:
     """The model that a run begins with, the same at every call, and its processor."""
     set_seed(config.seed)
     if isinstance(config.model, str):
-        return (
-            MoweForConditionalGeneration.from_pretrained(config.model, dtype="float32"),
-            MoweProcessor.from_pretrained(config.model),
-        )
+        model = MoweForConditionalGeneration.from_pretrained(config.model, dtype="float32")
+        if getattr(model.config, "quantization_config", None) is not None:
+            raise ConfigError(f"model: {config.model} is in 4 bits; train the model it was made from")
+        return model, MoweProcessor.from_pretrained(config.model)
     parts = config.model
     tokenizer = AutoTokenizer.from_pretrained(parts.tokenizer or parts.language_model)
     tokenizer.add_special_tokens({"additional_special_tokens": [_AUDIO_TOKEN]}, replace_extra_special_tokens=False)
@@ -239,19 +285,34 @@ def load(config: TrainConfig) -> tuple[MoweForConditionalGeneration, MoweProcess
     return model, MoweProcessor(MoweFeatureExtractor.from_config(model.config), tokenizer, audio_token=_AUDIO_TOKEN)
 
 
-def _device_settings() -> dict[str, Any]:
-    return {} if torch.cuda.is_available() else {"cpu": True}
+def _training_arguments(**settings: Any) -> TrainingArguments:
+    try:
+        return TrainingArguments(**settings)
+    except (ImportError, TypeError, ValueError) as error:
+        raise ConfigError(f"trainer: {' '.join(str(error).split())}") from None
 
 
-def _parallel_settings(config: TrainConfig) -> dict[str, Any]:
-    settings: dict[str, Any] = {} if torch.cuda.is_available() else {"use_cpu": True}
-    return {**settings, "ddp_find_unused_parameters": False}
+def _world(config: TrainConfig) -> PartialState:
+    """The processes of this run. Raises ConfigError for what they cannot do."""
+    world = PartialState(cpu=not torch.cuda.is_available())
+    if config.tensorboard and not is_tensorboard_available():
+        raise ConfigError("tensorboard: the package is not installed; pip install tensorboard")
+    if config.fsdp and world.num_processes == 1:
+        raise ConfigError("fsdp: needs several processes, as torchrun starts them")
+    return world
 
 
-def _read(path: str, config: TrainConfig, track: Track) -> Manifest:
-    return read_manifest(
-        path, config.data.tasks, config.data.skip_bad, lambda jobs: track(jobs, f"checking {Path(path).name}")
-    )
+def _parallel_settings(config: TrainConfig, model: MoweForConditionalGeneration) -> dict[str, Any]:
+    """Every parameter that learns gets a gradient in every process, chosen by a clip or not: nothing has to look."""
+    settings: dict[str, Any] = {"ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False}
+    if not torch.cuda.is_available():
+        settings["use_cpu"] = True
+    if config.fsdp:
+        families = (model.audio_tower, *model.model.mixture.pool.families)
+        # A family runs once in every process, its layers only in those whose clips chose one of its encoders.
+        units = {type(family).__name__ for family in families} | set(model.language_model._no_split_modules)
+        settings |= {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": sorted(units)}}
+    return settings
 
 
 def _by_task(examples: Iterable[Example]) -> dict[str, list[Example]]:
@@ -279,9 +340,8 @@ def _check_output(config: TrainConfig, resume: bool) -> None:
 
 
 def _write_config(config: TrainConfig) -> None:
-    output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / _CONFIG).write_text(json.dumps(_flat(asdict(config)), indent=2) + "\n", encoding="utf-8")
+    output = make_folder(config.output, "output")
+    write_text(output / _CONFIG, json.dumps(_flat(asdict(config)), indent=2) + "\n", "the configuration")
 
 
 def _flat(data: Any, name: str = "") -> dict[str, Any]:
@@ -293,6 +353,6 @@ def _flat(data: Any, name: str = "") -> dict[str, Any]:
     return {key: value for k, item in items for key, value in _flat(item, f"{at}{k}").items()}
 
 
-def _last_entries(history: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The last value of everything that was logged."""
-    return {key: value for entry in history for key, value in entry.items()}
+def _last_entries(entries: Sequence[dict[str, float]], stage: int) -> dict[str, float]:
+    """The last value of everything that a stage logged."""
+    return {key: value for entry in entries if entry["stage"] == stage for key, value in entry.items()}

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from accelerate.utils import save_fsdp_optimizer
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -61,6 +64,18 @@ class MoweTrainer(Trainer):
         )
         return self.accelerator.prepare(loader)
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        optimizer.register_step_pre_hook(lambda *_: self.parts.before_step())
+        optimizer.register_step_post_hook(lambda *_: self.parts.after_step())
+        return optimizer
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        windows = torch.tensor(sum(len(batch["task_ids"]) for batch in batches), device=device)
+        self._num_windows = self.accelerator.reduce(windows, "sum")
+        return batches, num_items
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -68,15 +83,22 @@ class MoweTrainer(Trainer):
         if model.training:
             for family in self.parts.frozen:
                 family.eval()
+            inputs["num_windows_in_batch"] = self._num_windows
         self.meter.task_ids = tasks if model.training else None
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if not model.training and outputs.aux_loss is not None:
+            loss = loss - outputs.aux_loss  # what models of other routers can be compared by
+        return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs |= self.meter.read(self.accelerator)
         for name in _MEANINGLESS:
             logs.pop(name, None)
+        share = self.state.epoch  # of the run, which to the Trainer is a single epoch
+        self.state.epoch = round(share * self.batches.passes, 4)
         super().log(logs, start_time)
+        self.state.epoch = share
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._saving_to or super()._get_output_dir(trial)
@@ -92,15 +114,40 @@ class MoweTrainer(Trainer):
                 self.accelerator.wait_for_everyone()
                 if self.is_world_process_zero():
                     replace(unfinished / final.name, final)
-                    unfinished.rmdir()
                     rotate_checkpoints(self.args.output_dir, self.args.save_total_limit)
                 self.accelerator.wait_for_everyone()
         finally:
             self._saving_to = None
+            if self.is_world_process_zero():
+                shutil.rmtree(unfinished, ignore_errors=True)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Without the second copy of the model that the Trainer writes beside the optimiser of FSDP."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """By way of the CPU: the Trainer loads onto its device, which is "cpu:0" for one of several processes."""
+        if checkpoint is None or self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        for part, name in ((self.optimizer, OPTIMIZER_NAME), (self.lr_scheduler, SCHEDULER_NAME)):
+            part.load_state_dict(torch.load(Path(checkpoint, name), map_location="cpu", weights_only=True))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        trained: dict[str, Any] = load_file(Path(resume_from_checkpoint, SAFE_WEIGHTS_NAME))
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        set_model_state_dict(model or self.model, trained, options=options)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """What has been trained, and nothing else: the rest comes from the model that training began with."""
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
         state_dict = state_dict or self.model.state_dict()
-        os.makedirs(output_dir, exist_ok=True)
         trained = {name: state_dict[name].contiguous() for name in self.saved}
-        save_file(trained, os.path.join(output_dir, SAFE_WEIGHTS_NAME), metadata={"format": "pt"})
+        save_file(trained, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})

@@ -59,6 +59,13 @@ def test_bfloat16_end_to_end(saved: Path, processor: mowe.MoweProcessor) -> None
     assert len(answers(model, processor(PROMPTS, audio=CLIPS))) == 3
 
 
+def test_what_is_fixed_stays_fixed(model: mowe.MoweForConditionalGeneration, saved: Path) -> None:
+    """transformers' loading makes every parameter learn."""
+    loaded = mowe.MoweForConditionalGeneration.from_pretrained(saved)
+    learning = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (loaded, model)]
+    assert learning[0] == learning[1] and len(learning[0]) < len(list(model.parameters()))
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_saved_in_shards_and_loaded(tmp_path: Path, tied: bool) -> None:
     model = tiny_model(language_model(tie_word_embeddings=tied), router_noise=0.1, projector_hidden_size=16)

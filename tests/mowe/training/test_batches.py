@@ -49,6 +49,10 @@ def test_weights_say_how_often() -> None:
         assert 90 < sum(seen[index] for index in range(3, 1_000, 4)) < 160
 
 
+def test_weights_near_zero_still_give_batches() -> None:
+    assert list(FrameBatches([10] * 3, 200, weights=[0.0, 1e-9, 0.0], num_batches=4)) == [[1]] * 4
+
+
 def test_as_many_batches_as_asked_for_over_several_passes() -> None:
     one = FrameBatches(FRAMES, 1_000, seed=1)
     many = FrameBatches(FRAMES, 1_000, seed=1, num_batches=200)

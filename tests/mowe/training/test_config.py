@@ -40,8 +40,8 @@ def test_defaults_and_types(file: Path) -> None:
     config = read_config(file)
     assert config.stages[0] == StageConfig(steps=10, learning_rate=1e-3)
     assert config.stages[1].epochs == 1.5 and config.data.train[0].weight == 1.0
-    assert config.trainable_in(0) == TrainableConfig()
-    assert config.trainable_in(1) == TrainableConfig(pool=[True, False])
+    assert config.trainable == TrainableConfig() and config.stages[0].trainable is None
+    assert config.stages[1].trainable == TrainableConfig(pool=[True, False])
 
 
 def test_every_field_can_be_overridden(file: Path) -> None:
@@ -92,6 +92,7 @@ def test_every_field_can_be_overridden(file: Path) -> None:
         ("trainable={routers: false, projector: false}", "trainable.projector: nothing is trainable"),
         ("lora.dropout=1", "lora.dropout: must lie in 0..1, 1 excluded, got 1.0"),
         ("trainer.learning_rate=1", "trainer.learning_rate: is set by stages"),
+        ("trainer.use_cpu=true", "trainer.use_cpu: is set by training here"),
         ("trainer.optin=adafactor", "trainer.optin: no field of TrainingArguments; did you mean optim?"),
         ("bf16=yes please", "bf16: expected true or false, got 'yes please'"),
         ("lonely", "'lonely': expected FIELD=VALUE, as data.batch_frames=4000"),

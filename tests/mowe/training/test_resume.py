@@ -1,0 +1,114 @@
+"""A run that was killed goes on to where it would have come without; a save that fails harms nothing."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from mowe.errors import CheckpointError, ConfigError
+from mowe.training import TrainConfig, train
+from mowe.training.log import read_lines
+
+ROOT = Path(__file__).parents[3]
+FIELDS: dict[str, Any] = {
+    "data": {"batch_clips": 3, "workers": 1},
+    "stages": [
+        {"steps": 2, "learning_rate": 1e-3},
+        {"steps": 6, "learning_rate": 3e-3, "trainable": {"pool": True, "language_model": "lora"}},
+    ],
+    "lora": {"dropout": 0.2},
+    "spec_augment": {},
+    "accumulate": 2,
+    "save_every": 2,
+}  # chance in the adapters and the stripes, four batches in a pass
+
+
+def losses(folder: Path) -> list[tuple[int, int, float]]:
+    return [(e["stage"], e["step"], e["loss"]) for e in read_lines(folder / "log.jsonl") if "loss" in e]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_run_killed_in_a_save_goes_on_to_the_same_losses(
+    settings: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    train(settings(**FIELDS, output=str(tmp_path / "whole")))
+    config = settings(**FIELDS, output=str(tmp_path / "killed"))
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(asdict(config)))
+    command = [sys.executable, "-m", "tests.mowe.training.worker", str(file), json.dumps({"killed_in_save": 3})]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert names(tmp_path / "killed") == ["config.json", "log.jsonl", "routing.jsonl", "stage-0", "stage-1"]
+    assert names(tmp_path / "killed" / "stage-1") == ["checkpoint-2", "unfinished-checkpoint-4"]
+    with (tmp_path / "killed" / "log.jsonl").open("a") as log:
+        log.write('{"stage": 1, "st')  # as a kill leaves a line
+
+    train(config, resume=True)
+    assert len(losses(tmp_path / "whole")) == 8
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    for name in ("routing.jsonl", "model/model.safetensors"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert names(tmp_path / "killed" / "stage-1") == ["checkpoint-4", "checkpoint-6"]
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "whole" / "stage-1").rglob("*")}
+    train(settings(**FIELDS, output=str(tmp_path / "whole")), resume=True)  # nothing is left to do but the saving
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+class FullDisk(TrainerCallback):
+    """From the first checkpoint on, no file can grow past `limit` bytes."""
+
+    def __init__(self, limit: int):
+        self.limit, self.before = limit, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then writing fails instead
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, self.before[1]))
+
+    def free(self) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize("limit", [20_000, 400_000])  # too little for the model; for the optimiser's state
+def test_a_full_disk_leaves_the_checkpoint_before(
+    settings: Callable[..., TrainConfig], tmp_path: Path, limit: int
+) -> None:
+    config = settings(stages=[{"steps": 3}], trainable={"pool": True}, save_every=1)
+    disk = FullDisk(limit)
+    try:
+        with pytest.raises(CheckpointError, match=r"checkpoint-2: cannot be saved: .*; what was saved before is whole"):
+            train(config, callbacks=[disk])
+    finally:
+        disk.free()
+    stage = tmp_path / "run" / "stage-0"
+    assert names(stage) == ["checkpoint-1"]
+    assert load_file(stage / "checkpoint-1" / "model.safetensors")
+    assert torch.load(stage / "checkpoint-1" / "optimizer.pt")
+    train(config, resume=True)
+    assert [step for _, step, _ in losses(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_another_configuration_does_not_go_on(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    train(settings(stages=[{"steps": 1}]))
+    with pytest.raises(
+        ConfigError, match=r"^stages\.0\.learning_rate: .*run was begun with 0\.0001, it cannot go on with"
+    ):
+        train(settings(stages=[{"steps": 1, "learning_rate": 1e-3}]), resume=True)
+    train(settings(stages=[{"steps": 1}], log_every=7), resume=True)

@@ -1,0 +1,168 @@
+"""What a run takes and leaves: models built from parts, several manifests, logs of the routers, pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+from mowe import EncoderPool, MoweForConditionalGeneration
+from mowe.errors import CheckpointError, ConfigError, DataError
+from mowe.losses import RouterLogits, router_loss_terms
+from mowe.training import TrainConfig, train
+from mowe.training.data import Collator
+from mowe.training.log import read_lines
+from mowe.training.picture import training_picture
+from mowe.training.routing import RoutingMeter
+from tests.mowe.audio_llm import language_model, processor_of, tiny_model
+from tests.mowe.encoders import clip, hubert, whisper
+from tests.mowe.tokenizer import byte_tokenizer
+
+
+class OneProcess:
+    """What the meter needs of accelerate."""
+
+    def reduce(self, sums: torch.Tensor, how: str) -> torch.Tensor:
+        return sums
+
+
+def test_meter_sums_up_entropies_terms_and_choices_by_task() -> None:
+    model = tiny_model(router_losses={"diversity": 0.1, "z_loss": 0.1}).train()
+    meter = RoutingMeter(model, ["asr", "voice"])
+    batches = [[clip(4_000 + 900 * i + 100 * b, i + 7 * b) for i in range(n)] for b, n in enumerate((3, 1))]
+    tasks = [torch.tensor([0, 1, 0]), torch.tensor([1])]
+    outs, names = [], ("dependent_entropy", "independent_entropy", "diversity", "z_loss")
+    for waves, task in zip(batches, tasks, strict=True):
+        meter.task_ids = task
+        padded = torch.nn.utils.rnn.pad_sequence(waves, batch_first=True)
+        mask = torch.arange(padded.shape[1]) < torch.tensor([len(w) for w in waves])[:, None]
+        outs.append(model.get_audio_features(padded, mask).mixture)
+    meter.task_ids = None
+    model.get_audio_features(clip(4_000)[None])  # does not count
+    logs = meter.read(OneProcess())
+    for name in names:
+        parts = [
+            router_loss_terms(RouterLogits(o.router_logits, o.independent_logits), {name: 1.0})[name] for o in outs
+        ]
+        assert logs[f"router/{name}"] == pytest.approx((3 * parts[0] + parts[1]).item() / 4, rel=1e-5)
+    expected = torch.zeros(2, 2, 4)
+    for out, task in zip(outs, tasks, strict=True):
+        for window, place in enumerate(task):
+            for kind, encoder in enumerate(out.indices[window].tolist()):
+                expected[place, kind, encoder] += 1
+    assert meter.counts == expected.tolist()
+    shares = [logs[f"router/dependent_usage/{e}"] for e in range(4)]
+    assert shares == pytest.approx((expected[:, 1].sum(0) / 4).tolist()) and sum(shares) == pytest.approx(1)
+    assert logs["router/independent_usage/0"] == 1.0
+    assert not any(map(any, (counts for of_task in (meter.read(OneProcess()), meter.counts)[1] for counts in of_task)))
+
+
+def test_collator_makes_what_the_processor_makes_and_tells_the_tasks(tones: Path) -> None:
+    from mowe.data import read_manifest
+
+    examples = read_manifest(tones / "train.jsonl")[:3]
+    processor = processor_of(tiny_model())
+    inputs = Collator(processor, ["any", "high", "low"])(examples)
+    assert inputs["task_ids"].tolist() == [2, 0, 1]
+    expected = processor(
+        [f"Given the following speech tokens: \n<speech><|audio|></speech>\n\n{e.prompt}" for e in examples],
+        audio=[e.waveform() for e in examples],
+        answers=[e.answer for e in examples],
+        padding_side="right",
+    )
+    assert inputs.keys() - {"task_ids"} == expected.keys()
+    assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+
+
+def test_a_model_built_from_parts(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    weak, lm = [whisper(1), hubert(2)], language_model()
+    whisper(0).save_pretrained(tmp_path / "base")
+    for i, encoder in enumerate(weak):
+        encoder.save_pretrained(tmp_path / f"weak{i}")
+    lm.save_pretrained(tmp_path / "lm")
+    byte_tokenizer().save_pretrained(tmp_path / "lm")
+    parts = {
+        "audio_tower": str(tmp_path / "base"),
+        "pool": [str(tmp_path / "weak0"), str(tmp_path / "weak1")],
+        "language_model": str(tmp_path / "lm"),
+        "settings": {"context": "valid", "projector_hidden_size": 24},
+    }
+    done = train(settings(model=parts, trainable={"language_model": "full"}))
+    model = MoweForConditionalGeneration.from_pretrained(done.model)
+    assert model.config.projector_hidden_size == 24 and model.config.audio_token_id == 259
+    assert (model.language_model.lm_head.weight - lm.lm_head.weight).abs().max() < 0.03  # after two steps of 0.01
+    pool = EncoderPool.from_encoders(weak, context="valid")
+    for name, value in model.model.mixture.pool.state_dict().items():
+        assert torch.equal(value, pool.state_dict()[name]), name
+    with pytest.raises(CheckpointError, match="no such folder"):
+        train(settings(model={**parts, "audio_tower": str(tmp_path / "none")}, output=str(tmp_path / "other")))
+    with pytest.raises(ConfigError, match="MoweConfig: unknown keys"):
+        train(settings(model={**parts, "settings": {"slots": 2}}, output=str(tmp_path / "other")))
+
+
+def test_weights_of_manifests_and_tasks_and_what_is_logged(
+    settings: Callable[..., TrainConfig], tones: Path, tmp_path: Path
+) -> None:
+    """Two manifests with weights 1 and 2, the task `any` left out: 6 + 2 * 2 clips an epoch, in batches of up to 5."""
+    data = {
+        "train": [
+            {"manifest": str(tones / f"{name}.jsonl"), "weight": w} for name, w in (("train", 1.0), ("valid", 2.0))
+        ],
+        "validation": [str(tones / "valid.jsonl")],
+        "task_weights": {"any": 0.0},
+        "batch_clips": 5,
+    }
+    done = train(settings(data=data, stages=[{"epochs": 3, "learning_rate": 1e-3}], tensorboard=True))
+    assert done.stages[0]["step"] == 6 and done.stages[0]["epoch"] == 3.0
+    entries = read_lines(tmp_path / "run" / "log.jsonl")
+    logged = [entry for entry in entries if "loss" in entry]
+    assert [entry["epoch"] for entry in logged] == [0.5, 1.0, 1.5, 2.0, 2.5, 3.0]
+    assert {"router/dependent_entropy", "router/independent_entropy", "router/diversity"} <= logged[0].keys()
+    assert {name for entry in entries for name in entry if name.endswith("_loss") and "eval" in name} == {
+        "eval_any_loss", "eval_low_loss", "eval_high_loss",
+    }  # fmt: skip
+    windows = [entry["windows"] for entry in read_lines(tmp_path / "run" / "routing.jsonl")]
+    heard = {task: sum(sum(entry[task].get("dependent", [0])) for entry in windows) for task in windows[0]}
+    assert heard == {"any": 0, "high": 3 * (2 + 2), "low": 3 * (2 + 2), "mid": 3 * 2}
+    assert list((tmp_path / "run" / "stage-0" / "runs").rglob("events.out.tfevents.*"))
+    assert imread(tmp_path / "run" / "routing.png").std() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"data": {"tasks": ["low"]}}, DataError, "unknown task 'any'; known: low"),
+        ({"data": {"task_weights": {"lwo": 1.0}}}, ConfigError, "data.task_weights: no example is of the task lwo"),
+        ({"data": {"batch_frames": 5}}, ConfigError, "data.batch_frames is 5 but a clip has"),
+        ({"trainable": {"pool": [True]}}, ConfigError, "trainable.pool: 1 entries, but the pool has 4 encoders"),
+        ({"model": "no/such/model/at all"}, CheckpointError, "no such folder"),
+        ({"fsdp": True}, ConfigError, "fsdp: needs several processes"),
+        ({"trainer": {"optim": "adamx"}}, ConfigError, "trainer: adamx is not a valid"),
+    ],
+)
+def test_what_cannot_be_is_told_before_anything_is_written(
+    settings: Callable[..., TrainConfig], tmp_path: Path, fields: dict, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        train(settings(**fields))
+    assert not (tmp_path / "run").exists()
+
+
+def test_picture_of_routing(tmp_path: Path) -> None:
+    """The colours of a panel follow the shares: all to encoder 0 first, all to encoder 1 in the end."""
+    entries = [
+        {"stage": step > 5, "step": step if step < 6 else step - 5, "windows": {
+            "asr": {"independent": [4.0, 0.0], "dependent": [float(10 - step), float(step)]}, "voice": {},
+        }}
+        for step in range(1, 11)
+    ]  # fmt: skip
+    training_picture(tmp_path / "a.png", entries, ["whisper 0", "hubert 1"], "Title")
+    picture = imread(tmp_path / "a.png")[..., :3]
+    green, red = (np.abs(picture - np.array(c) / 255).sum(-1) < 0.02 for c in ((42, 157, 143), (231, 111, 81)))
+    assert green.mean() > 0.05 and red.mean() > 0.02
+    with pytest.raises(ConfigError, match="the picture cannot be written"):
+        training_picture(tmp_path / "none" / "a.png", entries, ["a", "b"], "Title")
