@@ -39,6 +39,9 @@ def load_pretrained_encoder(source: str | PathLike[str]) -> tuple[PreTrainedMode
         check_source(source)
         with reading("config.json"):
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if quantization := getattr(config, "quantization_config", None):
+            method = quantization.get("quant_method")
+            raise CheckpointError(f"the encoder was quantised by {method!r}, expected full precision")
         family_class(config.model_type).signature(config, do_normalize=False)
         encoder, extractor = _load(source, config), _feature_extractor(source)
         normalizes(encoder, extractor)

@@ -108,7 +108,7 @@ class MoweQuantizer(Bnb4BitHfQuantizer):
         return _QuantizeOnLoad(self.quantization_config.double_quant)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        _check_loaded(model, self._expected)
+        _check_loaded(model, self._expected, self.quantization_config.quant_type)
         return _finish(super()._process_model_after_weight_loading(model, **kwargs))
 
 
@@ -258,8 +258,9 @@ def _packed(model: nn.Module, name: str) -> bool:
     return kind == "weight" and isinstance(model.get_submodule(path), Linear4bit)
 
 
-def _check_loaded(model: nn.Module, expected: dict[str, torch.Size]) -> None:
-    """Raise CheckpointError for tensors of another shape than the model's."""
+def _check_loaded(model: nn.Module, expected: dict[str, torch.Size], quant_type: str) -> None:
+    """Raise CheckpointError for tensors of another shape than the model's, and for another quantisation."""
+    from bitsandbytes.functional import get_4bit_type
     from bitsandbytes.nn import Linear4bit
 
     loaded = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -272,6 +273,10 @@ def _check_loaded(model: nn.Module, expected: dict[str, torch.Size]) -> None:
         state, count = module.weight.quant_state, module.in_features * module.out_features
         if state is None:
             raise CheckpointError(f"{name} is not quantised in the checkpoint")
+        if state.quant_type != quant_type:
+            raise CheckpointError(f"{name} is in {state.quant_type}, expected {quant_type} as the configuration says")
+        if not torch.equal(state.code.cpu(), get_4bit_type(quant_type, device="cpu")):
+            raise CheckpointError(f"{name} has a code table that is not that of {quant_type}")
         if module.weight.numel() * module.weight.itemsize != (count + 1) // 2:
             raise CheckpointError(f"{name} must have {(count + 1) // 2} bytes of codes, got {module.weight.numel()}")
         if state.absmax.numel() != -(-count // state.blocksize):

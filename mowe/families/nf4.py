@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mowe_kernels import Level, Nf4Weight, grouped_linear, nf4_dequantize_grouped, nf4_quantize
+from mowe_kernels import Level, Nf4Weight, grouped_linear_nf4, nf4_dequantize_grouped, nf4_quantize
+from mowe_kernels.ops.grouped_linear_nf4 import multiplies_in_4_bits
 
 _SCALES = ("absmax", "nested_absmax", "nested_offset", "nested_code")
 
@@ -34,10 +35,10 @@ class Nf4StackedLinear(nn.Module):
         """[E, N, K], dequantised anew at every use."""
         return self.quantized.dequantize()
 
-    def forward(self, x: Tensor, rows: Level, *, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, rows: Level, *, activation: str = "", residual: Tensor | None = None) -> Tensor:
         """[R, K] -> [R, N], every row through its encoder's layer."""
-        (weight,) = layer_weights([self], rows)
-        return grouped_linear(x, weight, self.bias, rows.group_offsets, residual=residual)
+        matrix = self.quantized.matrix
+        return grouped_linear_nf4(x, matrix, self.bias, rows.group_offsets, activation=activation, residual=residual)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Moves between devices; the scales stay in float32 whatever type the model is cast to."""
@@ -53,6 +54,11 @@ class Nf4StackedLinear(nn.Module):
 def quantize_linear(model: nn.Module, name: str, linear: Any, double_quant: bool) -> None:
     """Put one stacked linear layer of a model in 4 bits; on the meta device, only its shapes."""
     model.set_submodule(name, Nf4StackedLinear(_quantize(linear.weight, double_quant), linear.bias))
+
+
+def stays_in_4_bits(linear: Any, x: Tensor) -> bool:
+    """Whether rows x go through a layer whose weights are best taken out of 4 bits inside of the products."""
+    return isinstance(linear, Nf4StackedLinear) and multiplies_in_4_bits(x, linear.quantized.matrix, linear.bias)
 
 
 def layer_weights(linears: Sequence[Any], rows: Level) -> list[Tensor]:

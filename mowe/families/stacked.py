@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mowe.errors import ConfigError
-from mowe.families.nf4 import layer_weights
+from mowe.families.nf4 import layer_weights, stays_in_4_bits
 from mowe_kernels import Level, grouped_layer_norm, grouped_linear, grouped_mlp, varlen_attention
 
 
@@ -89,6 +89,8 @@ class StackedLayer(GradientCheckpointingLayer):
 
     def forward(self, x: Tensor, rows: Level) -> Tensor:
         """[R, D] -> [R, D], each sequence attending to itself alone."""
+        if stays_in_4_bits(self.qkv, x):
+            return self._in_4_bits(x, rows)
         qkv_weight, out_weight, *mlp_weights = layer_weights((self.qkv, self.out, self.fc1, self.fc2), rows)
         h = self.attention_norm(x, rows) if self.pre_norm else x
         qkv = grouped_linear(h, qkv_weight, self._qkv_bias(), rows.group_offsets)
@@ -101,6 +103,18 @@ class StackedLayer(GradientCheckpointingLayer):
             return self._mlp(x, rows, mlp_weights, self.mlp_norm)
         x = self.attention_norm(x, rows)
         return self.mlp_norm(self._mlp(x, rows, mlp_weights, None), rows)
+
+    def _in_4_bits(self, x: Tensor, rows: Level) -> Tensor:
+        """The same, matrix by matrix, for few rows and layers in 4 bits."""
+        qkv = self.qkv(self.attention_norm(x, rows) if self.pre_norm else x, rows)
+        heads = qkv.view(x.shape[0], 3, self.heads, -1)
+        attended = varlen_attention(heads, rows.cu_seqlens, rows.max_seqlen).flatten(1)
+        x = self.out(attended, rows, residual=x)
+        if not self.pre_norm:
+            x = self.attention_norm(x, rows)
+        hidden = self.fc1(self.mlp_norm(x, rows) if self.pre_norm else x, rows, activation="gelu")
+        x = self.fc2(hidden, rows, residual=x)
+        return x if self.pre_norm else self.mlp_norm(x, rows)
 
     def _mlp(self, x: Tensor, rows: Level, weights: list[Tensor], norm: StackedNorm | None) -> Tensor:
         norms = (norm.weight, norm.bias) if norm is not None else (None, None)

@@ -15,9 +15,10 @@ from torch import Tensor
 from mowe_kernels import tables
 from mowe_kernels.triton._compilation import Compilation
 
-DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
-
-
+DTYPES = {
+    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32",
+    torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
 COMPUTES_IN = (torch.float16, torch.bfloat16, torch.float32)
 
 

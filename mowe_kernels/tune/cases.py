@@ -49,6 +49,7 @@ def cases(size: Size, device: torch.device) -> dict[str, list[Case]]:
     made = _Maker(size, device)
     return {
         "grouped_linear": [made.linear(), made.linear(("bias",), "gelu"), made.linear(("bias", "residual"))],
+        "grouped_linear_nf4": [made.linear_nf4(False), made.linear_nf4(True)],
         "grouped_layer_norm": [made.layer_norm("gelu")],
         "grouped_mlp": [made.mlp(size.width), made.mlp(2 * size.width)],
         "varlen_attention": [made.attention(size.heads), made.attention(max(1, size.heads // 2))],
@@ -94,6 +95,16 @@ class _Maker:
             return mk.grouped_linear(x, weight, bias, offsets, activation=activation, residual=residual)
 
         return Case(op, inputs, self.size.total)
+
+    def linear_nf4(self, double_quant: bool) -> Case:
+        (e, d, n), offsets = (len(self.size.rows), self.size.width, self.size.hidden), self.offsets
+        matrix = mk.nf4_quantize(self.normal(e, n, d, scale=d**-0.5).float(), double_quant=double_quant).matrix
+        inputs = {"x": self.packed(d), "bias": self.normal(e, n)}
+
+        def op(x: Tensor, bias: Tensor) -> Tensor:
+            return mk.grouped_linear_nf4(x, matrix, bias, offsets, activation="gelu")
+
+        return Case(op, inputs, self.size.total, frozen=("x", "bias"))
 
     def layer_norm(self, activation: str) -> Case:
         e, d = len(self.size.rows), self.size.width

@@ -206,6 +206,7 @@ def truncate(name):
 
 
 QKV = "model.audio_tower.layers.0.qkv"
+UP = "model.language_model.model.layers.0.mlp.up_proj.weight"
 
 
 @pytest.mark.parametrize(
@@ -214,8 +215,13 @@ QKV = "model.audio_tower.layers.0.qkv"
         (truncate(f"{QKV}.absmax"), r"qkv.absmax must have sizes \[1, 48\], got \[1, 47\]"),
         (truncate(f"{QKV}.codes"), "qkv.codes must have sizes"),
         (
-            truncate("model.language_model.model.layers.0.mlp.up_proj.weight.absmax"),
+            truncate(f"{UP}.absmax"),
             "up_proj must have a scale every 64",
+        ),
+        (lambda tensors, _: tensors[f"{UP}.quant_map"].neg_(), "up_proj has a code table that is not that of nf4"),
+        (
+            lambda _, c: c["quantization_config"].update(quant_type="fp4"),
+            "is in nf4, expected fp4 as the configuration says",
         ),
         (lambda tensors, _: tensors.pop(f"{QKV}.nested_absmax"), "missing keys of the model"),
         (
@@ -223,11 +229,45 @@ QKV = "model.audio_tower.layers.0.qkv"
             "was quantised by 'gptq', expected 'mowe_nf4'",
         ),
     ],
-    ids=["absmax", "codes", "bitsandbytes", "missing", "method"],
+    ids=["absmax", "codes", "bitsandbytes", "table", "mixed", "missing", "method"],
 )
 def test_damaged_checkpoints_are_refused(saved, tmp_path, change, message):
     with pytest.raises(mowe.CheckpointError, match=message):
         mowe.MoweForConditionalGeneration.from_pretrained(damaged(saved[1], tmp_path, change))
+
+
+def test_an_encoder_that_is_quantised_is_refused(tmp_path):
+    whisper(0).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(mowe.CheckpointError, match="quantised by 'bitsandbytes', expected full precision"):
+        mowe.EncoderPool.from_pretrained([tmp_path])
+
+
+@torch.no_grad()
+def test_layers_multiplied_in_4_bits_are_the_same(monkeypatch):
+    pool = mowe.quantize(tiny_pool("valid"))
+    expected = pool.encode(WAVES, CHOICES)
+    called = []
+    for module in ("mowe.families.nf4", "mowe_kernels.ops.grouped_linear_nf4"):
+        monkeypatch.setattr(f"{module}.multiplies_in_4_bits", lambda *args: called.append(args) or True)
+    out = pool.encode(WAVES, CHOICES)
+    assert called
+    for b in range(2):
+        for slot in range(2):
+            assert_close(out.pair(b, slot), expected.pair(b, slot), rtol=1e-4, atol=1e-5)
+
+
+def test_parts_are_quantised_one_after_the_other(saved):
+    model = mowe.quantize(tiny_model(), parts=["language_model"])
+    mowe.quantize(model, parts=["pool", "audio_tower"])
+    expected = saved[0].state_dict()
+    for name, value in model.state_dict().items():
+        assert_close(value, expected[name], rtol=0, atol=0, msg=name)
+    assert sorted(model.config.quantization_config.parts) == sorted(mowe.quantization.DEFAULT_PARTS)
+    with pytest.raises(mowe.ConfigError, match="double_quant is True in the parts already quantised, got False"):
+        mowe.quantize(model, parts=["lm_head"], double_quant=False)
 
 
 def test_bad_input_is_refused(saved):

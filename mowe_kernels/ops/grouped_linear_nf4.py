@@ -1,0 +1,75 @@
+"""`mowe::grouped_linear_nf4`: linear layers whose weights are in 4 bits, and when they are multiplied as they are."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mowe_kernels.backend import implementation
+from mowe_kernels.ops._op import Op, check, check_dtype, check_shape, needs_grad
+from mowe_kernels.ops.grouped_linear import ACTIVATIONS, grouped_linear
+from mowe_kernels.ops.nf4_dequantize_grouped import Nf4Matrix, nf4_dequantize_grouped
+
+FEW_ROWS = 500
+"""Rows a group, on average, up to which weights are taken out of 4 bits inside of the product. Above, that work, which
+every block of rows does anew, costs more than writing the weights once. Not measured yet on a GPU: the figure is where
+bitsandbytes' own kernels change over."""
+
+
+def _fake(x, codes, absmax, nested_absmax, nested_offset, nested_code, sizes, *rest):
+    return x.new_empty(x.shape[0], sizes[0])
+
+
+_op = Op(
+    "grouped_linear_nf4",
+    "(Tensor x, Tensor codes, Tensor absmax, Tensor nested_absmax, Tensor nested_offset, Tensor nested_code,"
+    " int[] sizes, Tensor? bias, Tensor group_offsets, Tensor? residual, str activation) -> Tensor",
+    _fake,
+    module="grouped_linear_nf4",
+    function="forward",
+)
+
+
+def grouped_linear_nf4(
+    x: Tensor,
+    matrix: Nf4Matrix,
+    bias: Tensor | None,
+    group_offsets: Tensor,
+    *,
+    activation: str = "",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """act(x @ weight[e].T + bias[e]) + residual, e being the encoder whose group a row lies in, weights as in `matrix`.
+
+    x: [R, K] packed rows. matrix: E matrices [N, K]. bias: [E, N]. group_offsets: int32 [E+1], first row of each.
+    activation: "" or "gelu". residual: [R, N].
+    Returns [R, N] in the type of x, to which the weights are rounded, accumulated in float32.
+    Raises ValueError for shapes or types that do not fit or an unknown activation.
+    """
+    if not multiplies_in_4_bits(x, matrix, bias, residual):
+        (weight,) = nf4_dequantize_grouped([matrix], group_offsets, x.dtype)
+        return grouped_linear(x, weight, bias, group_offsets, activation=activation, residual=residual)
+    op = "grouped_linear_nf4"
+    matrix.check(op)
+    encoders = matrix.codes.shape[0]
+    check_shape(op, "x", x, (None, matrix.columns), "packed rows [R, K]")
+    check_shape(op, "group_offsets", group_offsets, (encoders + 1,), "row offsets [E+1]")
+    for name, tensor, shape in (("bias", bias, (encoders, matrix.rows)), ("residual", residual, (len(x), matrix.rows))):
+        if tensor is not None:
+            check_shape(op, name, tensor, shape, "a value for every column of the result")
+    check(activation in ACTIVATIONS, op, f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    check_dtype(op, x, bias=bias, residual=residual)
+    absent = matrix.codes.new_empty(0)
+    stacks = (absent if tensor is None else tensor for tensor in matrix[:5])
+    return _op(x, *stacks, [*matrix[5:]], bias, group_offsets, residual, activation)
+
+
+def multiplies_in_4_bits(x: Tensor, matrix: Nf4Matrix, *others: Tensor | None) -> bool:
+    """Whether a product with this matrix takes its weights out of 4 bits block by block, in the loop of the kernel.
+
+    It does for few rows, where a kernel computes that has such a loop, and nobody asks for a gradient. others: what is
+    added to the product.
+    """
+    few = x.shape[0] <= FEW_ROWS * matrix.codes.shape[0]
+    if not few or matrix.columns % 2 or needs_grad(x, *others):
+        return False
+    return implementation("grouped_linear_nf4", [x]).__name__.startswith("mowe_kernels.triton.")
