@@ -48,6 +48,7 @@ __global__ void nf4_dequantize_grouped_kernel(Layer layer, const int32_t* group_
   __shared__ float code[16];  // lanes look up different values, which constant memory serves one by one
   const int64_t e = blockIdx.y;
   if (group_offsets[e] == group_offsets[e + 1]) return;
+#pragma unroll
   for (int i = 0; i < 16; ++i)
     if (threadIdx.x == i) code[i] = kCode[i];
   __syncthreads();
@@ -59,12 +60,13 @@ __global__ void nf4_dequantize_grouped_kernel(Layer layer, const int32_t* group_
   T* out = static_cast<T*>(s.out) + e * s.count + first;
   const float scale = scale_of(s, e, first / s.blocksize);
 
-  uint8_t bytes[kStep / 2] = {};
+  alignas(4) uint8_t bytes[kStep / 2] = {};
   if (count == kStep && reinterpret_cast<uintptr_t>(codes) % sizeof(bytes) == 0)
     *reinterpret_cast<uint32_t*>(bytes) = *reinterpret_cast<const uint32_t*>(codes);
   else
     for (int i = 0; i < (count + 1) / 2; ++i) bytes[i] = codes[i];
   alignas(16) T values[kStep];
+#pragma unroll
   for (int i = 0; i < kStep; ++i)
     values[i] = rounded(__fmul_rn(code[i % 2 ? bytes[i / 2] & 15 : bytes[i / 2] >> 4], scale), T());
   if (count == kStep && reinterpret_cast<uintptr_t>(out) % 16 == 0)

@@ -58,8 +58,10 @@ class Change:
 
 def read(manifests: Sequence[Path], screen: Screen) -> list[Example]:
     """The examples of all manifests. Raises MoweError for lines that cannot be used."""
-    track = lambda clips: screen.track(clips, "reading manifests")  # noqa: E731
-    return [example for path in manifests for example in read_manifest(path, track=track)]
+    examples: list[Example] = []
+    for path in manifests:
+        examples += read_manifest(path, track=lambda clips: screen.track(clips, "reading manifests"))
+    return examples
 
 
 def answered(loaded: LoadedModel, examples: Sequence[Example], max_new_tokens: int, screen: Screen) -> Report:
