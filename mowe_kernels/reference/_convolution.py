@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from mowe_kernels.reference._linear import add_linear
 from mowe_kernels.reference._rows import CHUNK, add_product
 
 # Elements of unfolded windows held at a time.
@@ -21,7 +22,7 @@ def convolve_into(y: Tensor, x: Tensor, weight: Tensor, stride: int, padding: in
     """y [U, N] += scale * the convolution."""
     taps = weight.shape[1]
     for part, unfolded in windows(pad_frames(x, padding, y.shape[0], taps, stride), y.shape[0], taps, stride):
-        add_product(y[part], unfolded, weight.flatten(1).T, scale)
+        add_linear(y[part], unfolded, weight.flatten(1), scale)
 
 
 def convolve_backward(
