@@ -11,7 +11,7 @@ PIP = .venv/bin/python -m pip --disable-pip-version-check --no-input
 succeeds = $(shell $(1) >/dev/null 2>&1 && echo yes)
 need = $(if $(call succeeds,$(1)),,$(error $(2)))
 
-.PHONY: demo test lint bench clips clean
+.PHONY: demo test lint guard bench clips clean
 
 demo: .venv/.installed
 	.venv/bin/mowe demo
@@ -22,6 +22,10 @@ test: .venv/.installed-test
 lint: .venv/.installed-test
 	.venv/bin/ruff check .
 	.venv/bin/mypy
+
+# The floors of the speed-ups: ratios to baselines of the same run.
+guard: .venv/.installed-test
+	.venv/bin/python -m pytest benchmarks/test_mixture.py --benchmark-only -q
 
 bench: .venv/.installed-test
 	.venv/bin/python -m pytest benchmarks --benchmark-only

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks import ops
+from benchmarks import rivals
 from benchmarks.compare import changes
 from benchmarks.floors import Roofs
 from benchmarks.measure import ROOT
@@ -20,15 +21,15 @@ from benchmarks.page import page as make_page
 from benchmarks.page import readme
 from benchmarks.pictures import draw
 from benchmarks.results import load, save
-from benchmarks.shares import shares
-from benchmarks.suites import SUITES, compare_ops, missing, select
+from benchmarks.shares import kinds, parts
+from benchmarks.suites import SUITES, compare_ops, missing, remember, select
 from benchmarks.suites import compare as compare_providers
 from benchmarks.tables import fill, rich_tables
 from benchmarks.workloads import Workload
 
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
 PAGE, README, PICTURES = (ROOT / "docs" / "benchmarks.md", ROOT / "README.md", ROOT / "docs" / "benchmarks")
-TYPICAL = "tiny8/speech/8"
+TYPICAL, BESIDE_LARGE = "tiny8/speech/8", "tiny2/speech/4"
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
@@ -38,7 +39,7 @@ FileArgument = Annotated[Path, typer.Argument(dir_okay=False, help="Results file
 @app.command()
 def run(
     suite: Annotated[str, typer.Option(help=f"One of {', '.join(SUITES)}.")] = "cpu",
-    rounds: Annotated[int, typer.Option(min=2, help="How often each provider runs.")] = 3,
+    rounds: Annotated[int, typer.Option(min=2, help="Turns of each provider; slow ones stop earlier.")] = 3,
     threads: Annotated[int, typer.Option(min=1)] = 2,
     workload: Annotated[list[str] | None, typer.Option(help="Only this one; may be given several times.")] = None,
     provider: Annotated[
@@ -56,15 +57,17 @@ def run(
             raise ValueError(f"suite {suite} needs a CUDA GPU; there is none here")
         roofs = Roofs.measure(device, dtype)
         results = []
-        for comparison in comparisons:
-            title = f"{comparison.workload} {comparison.mode}"
-            results += compare_providers(
-                comparison, rounds, threads, roofs, lambda it, title=title: track(it, title, console=console)
-            )
+        for i, comparison in enumerate(comparisons, 1):
+            title = f"{i}/{len(comparisons)} {comparison.workload} {comparison.mode}"
+            console.print(f"{title}: outputs compared ...")
+            results += compare_providers(comparison, rounds, threads, roofs, _progress(title))
         more = {"roofs": {"flops": roofs.flops, "bandwidth": roofs.bandwidth}, "missing": missing(comparisons)}
         if whole and suite != "sweeps":
-            results += compare_ops(Workload.named(comparisons[0].workload, device, dtype), 10 * rounds, threads, roofs)
-            more["missing"] |= ops.missing(device)
+            rows = Workload.named(comparisons[0].workload, device, dtype)
+            results += compare_ops(rows, rounds, threads, roofs, _progress("single ops"))
+            more["missing"] |= rivals.missing(device)
+        console.print("peak memory ...")
+        results = remember(comparisons, results, threads)
     except ValueError as error:
         _stop(str(error))
     command = " ".join(["python -m benchmarks", *sys.argv[1:]])
@@ -75,18 +78,24 @@ def run(
 
 @app.command()
 def profile(
-    workload: Annotated[str, typer.Option()] = TYPICAL, threads: Annotated[int, typer.Option(min=1)] = 2
+    workload: Annotated[str, typer.Option(help="Of which pool, by kind of work.")] = TYPICAL,
+    beside: Annotated[str, typer.Option(help="Of which mixture, by part.")] = BESIDE_LARGE,
+    threads: Annotated[int, typer.Option(min=1)] = 2,
 ) -> None:
-    """Where the time of the packed pool goes on this machine's CPU."""
+    """Where the time goes on this machine's CPU: in the packed pool, and in a mixture beside its base encoder."""
     torch.set_num_threads(threads)
     try:
-        of = shares(Workload.named(workload))
+        pool, mixture = Workload.named(workload), Workload.named(beside)
+        of_part, of_kind = parts(mixture), kinds(pool)
     except ValueError as error:
         _stop(str(error))
     command = " ".join(["python -m benchmarks", *sys.argv[1:]])
-    save(RESULTS / "profile.json", command, threads, [], workload=workload, shares=of)
-    for kind, share in of.items():
+    more = {"workload": workload, "shares": of_kind, "beside": beside, "parts": of_part}
+    save(RESULTS / "profile.json", command, threads, [], **more)
+    for kind, share in of_kind.items():
         console.print(f"{share:6.1%}  {kind}")
+    for part, entry in of_part.items():
+        console.print(f"{entry['seconds'] * 1e3:8.1f} ms {entry['flops'] / 1e9:8.1f} GFLOP  {part}")
 
 
 @app.command()
@@ -111,12 +120,17 @@ def page(
     """Make docs/benchmarks.md, its pictures and the README's performance section from the committed results."""
     try:
         cpu, sweeps, profiled = (load(results / f"{name}.json") for name in ("cpu", "sweeps", "profile"))
+        gpu = results.with_name("gpu") / "gpu.json"
         for path in draw(cpu, sweeps, PICTURES):
             console.print(f"drawn: {path.relative_to(ROOT)}")
-        PAGE.write_text(make_page(cpu, sweeps, profiled, PICTURES.name))
-        fill(README, readme(cpu, PICTURES.relative_to(ROOT).as_posix()))
+        PAGE.write_text(make_page(cpu, sweeps, profiled, load(gpu) if gpu.exists() else None, PICTURES.name))
+        fill(README, readme(cpu, profiled, PICTURES.relative_to(ROOT).as_posix()))
     except (OSError, ValueError) as error:
         _stop(str(error))
+
+
+def _progress(title: str) -> Callable[[Iterable[int]], Iterable[int]]:
+    return lambda rounds: track(rounds, title, console=console)
 
 
 def _stop(message: str) -> None:

@@ -11,7 +11,10 @@ from transformers import WhisperConfig
 
 from benchmarks.clock import now
 from benchmarks.workloads import Workload
+from mowe.audio import SAMPLING_RATE
 from mowe.families import family_class
+from mowe.modeling_mowe import MoweModel
+from mowe.projector import projected_lengths
 
 _SIZE = {"cpu": 2048, "cuda": 8192}  # of the matrices whose product is timed
 _BYTES = 1 << 28  # of the buffer that is copied: larger than any cache
@@ -46,7 +49,7 @@ class Roofs:
 def pair_flops(encoder: nn.Module, seconds: float, context: str) -> float:
     """Matrix arithmetic of one encoder on one clip: its stem, its linear layers and its attention."""
     config = encoder.config
-    samples = round(seconds * 16_000)
+    samples = round(seconds * SAMPLING_RATE)
     family = family_class(config.model_type)([config])
     *inner, frames = family.level_lengths(samples, context)
     width, layers, hidden = config.hidden_size, config.num_hidden_layers, _ffn(config)
@@ -57,12 +60,36 @@ def pair_flops(encoder: nn.Module, seconds: float, context: str) -> float:
 
 def pool_flops(workload: Workload) -> float:
     """Matrix arithmetic of every chosen encoder on every clip's own frames (`full`: on its window)."""
-    encoders = workload.encoders()
+    encoders = [_outline(make) for make in workload.pool]
     return sum(
         pair_flops(encoders[e], seconds, workload.context)
         for seconds, chosen in zip(workload.seconds, workload.indices, strict=True)
         for e in chosen
     )
+
+
+def base_flops(workload: Workload) -> float:
+    """Matrix arithmetic of the base encoder on every clip."""
+    base = _outline(workload.make_base)
+    return sum(pair_flops(base, seconds, workload.context) for seconds in workload.seconds)
+
+
+def projector_flops(model: MoweModel, workload: Workload) -> float:
+    """Matrix arithmetic of a mixture's projector on every clip."""
+    projector = model.multi_modal_projector
+    hidden, taps, base_width = projector.base_weight.shape
+    frames = [model.audio_tower.level_lengths(round(s * SAMPLING_RATE), "valid")[-1] for s in workload.seconds]
+    total, width = 0.0, base_width + sum(len(weight) * weight.shape[-1] for weight in projector.slot_weights)
+    for stride in projector.strides:
+        frames = projected_lengths(frames, [stride])
+        total, width = total + 2 * sum(frames) * taps * width * hidden, hidden
+    return total + 2 * sum(frames) * hidden * projector.linear.out_features
+
+
+def _outline(make: Callable[[], nn.Module]) -> nn.Module:
+    """An encoder without weights."""
+    with torch.device("meta"):
+        return make()
 
 
 def _ffn(config) -> int:

@@ -1,26 +1,29 @@
-"""Side by side: outputs compared, then timed in turns; peak memory of each provider in a process of its own."""
+"""Side by side: outputs compared, then timed in turns."""
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.clock import now
+from benchmarks.catalogue import ALL
+from benchmarks.clock import host_seconds
 from benchmarks.providers import Outputs, Run
-from benchmarks.whole import ALL
 from benchmarks.workloads import Workload
 
 ROOT = Path(__file__).parents[1]
 # Largest relative error (Frobenius norm) between this library's features and others': in float32 as promised, in 16
 # bits what a few layers of rounding come to.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+# A turn lasts at least so many seconds, or so many runs: who is short runs again in it, and the median counts.
+_TURN, _RUNS = 1.5, 5
+_ENOUGH = 10.0  # seconds after which a provider with two turns gets no more of them
+
+Track = Callable[[Iterable[int]], Iterable[int]]
 
 
 class OutputsDifferError(ValueError):
@@ -42,9 +45,8 @@ def prepare(workload: Workload, providers: Sequence[str]) -> dict[str, Run]:
             continue
         if (same_as, context) not in expected:
             expected[same_as, context] = ALL[same_as].prepare(workload, context)()
-        outputs_agree(
-            f"{workload.name}: {name}", outputs[name], expected[same_as, context], TOLERANCES[workload.torch_dtype]
-        )
+        tolerance = ALL[name].tolerance or TOLERANCES[workload.torch_dtype]
+        outputs_agree(f"{workload.name}: {name}", outputs[name], expected[same_as, context], tolerance)
     return runs
 
 
@@ -62,63 +64,43 @@ def relative_error(outputs: Outputs, expected: Outputs) -> float:
     pairs = [(a, b) for ours, theirs in zip(outputs, expected, strict=True) for a, b in zip(ours, theirs, strict=True)]
     if any(a.shape != b.shape for a, b in pairs):
         return float("inf")
-    return max(((a.double() - b).norm() / b.double().norm()).item() for a, b in pairs)
+    return max(_error(a.double(), b.double()) for a, b in pairs)
+
+
+def _error(ours: Tensor, theirs: Tensor) -> float:
+    size = theirs.norm().item()
+    return (ours - theirs).norm().item() / size if size else ours.norm().item()
 
 
 def take_turns(
-    runs: dict[str, Run], rounds: int, track: Callable[[Iterable[int]], Iterable[int]] = iter
+    runs: dict[str, Callable[[], Any]],
+    rounds: int,
+    track: Track = iter,
+    clock: Callable[[Callable[[], Any]], float] = host_seconds,
 ) -> dict[str, list[float]]:
-    """Seconds of each function in each round. Who goes first moves on by one every round."""
+    """Seconds of each function in each round, those that take long in the first rounds alone.
+
+    Who goes first moves on by one every round. clock: runs a function and says what it took.
+    """
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for round_ in track(range(rounds)):
         first = round_ % len(names)
         for name in names[first:] + names[:first]:
-            start = now()
-            runs[name]()
-            seconds[name].append(now() - start)
+            if round_ < 2 or sum(seconds[name]) < _ENOUGH:
+                turn = [clock(runs[name])]
+                while sum(turn) < _TURN and len(turn) < _RUNS:
+                    turn.append(clock(runs[name]))
+                seconds[name].append(statistics.median(turn))
     return seconds
+
+
+def speedups(baseline: Sequence[float], own: Sequence[float]) -> list[float]:
+    """Of every round that both were in."""
+    return [b / s for b, s in zip(baseline, own, strict=False)]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median and the 20th and 80th percentiles."""
     fifths = statistics.quantiles(values, n=5, method="inclusive")
     return {"median": statistics.median(values), "p20": fifths[0], "p80": fifths[-1]}
-
-
-def peak_memory(workload: Workload, provider: str, threads: int) -> dict[str, int] | None:
-    """Bytes resident in a fresh process (or held on its GPU) before the timed function first runs, and at most while it
-    does; None where the system does not tell (Linux alone does).
-    """
-    if not Path("/proc/self/clear_refs").exists():
-        return None
-    where = [workload.name, workload.device, workload.dtype]
-    command = [sys.executable, "-m", "benchmarks.measure", *where, provider, str(threads)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
-
-
-def _resident(field: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition(f"{field}:")[2].split()[0]) * 1024
-
-
-@torch.no_grad()
-def _own_peak(workload: Workload, provider: str) -> dict[str, int]:
-    run = ALL[provider].prepare(workload)
-    if workload.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return {"before": before, "peak": torch.cuda.max_memory_allocated()}
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far, which making the encoders raised, is forgotten
-    before = _resident("VmRSS")
-    run()
-    return {"before": before, "peak": _resident("VmHWM")}
-
-
-if __name__ == "__main__":
-    *where, name, number = sys.argv[1:]
-    torch.set_num_threads(int(number))
-    print(json.dumps(_own_peak(Workload.named(*where), name)))

@@ -1,15 +1,15 @@
-"""Single ops on the rows of a workload, beside what torch offers for the same thing."""
+"""Single ops on the rows of a workload, beside what others offer for the same thing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from importlib.util import find_spec
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn.functional import conv1d, gelu, grouped_mm, layer_norm, linear, scaled_dot_product_attention
 
+from benchmarks import rivals
 from benchmarks.workloads import Workload
 from mowe_kernels import (
     PackLayout,
@@ -22,19 +22,35 @@ from mowe_kernels import (
 )
 
 WIDTH, HEADS, MELS = 384, 6, 80  # Whisper-tiny's
+NUM_OPS = 5
 
 
 @dataclass(frozen=True)
 class OpCase:
     """An op and its rivals on the same inputs, which give the same rows; the first is the baseline.
 
-    flops, moved: multiplications and additions, and bytes read and written, that no implementation can do without.
+    inputs: what gradients are asked of. own: the inputs of a rival that takes them in another shape, and how the
+    gradients of those become the others'. flops, moved: multiplications and additions, and bytes read and written,
+    that no implementation of the forward can do without; times: how much more of them the backward alone needs.
     """
 
     subject: str
     runs: dict[str, Callable[[], Tensor]]
+    inputs: Sequence[Tensor]
     flops: float
     moved: float
+    times: float = 2.0
+    own: dict[str, tuple[Sequence[Tensor], Callable[[Tensor], Tensor]]] = field(default_factory=dict)
+
+    def backward(self, name: str) -> Callable[[], Sequence[Tensor]]:
+        """The gradients of all inputs, of a forward that has already run."""
+        inputs, convert = self.own.get(name, (self.inputs, lambda grad: grad))
+        for tensor in inputs:
+            tensor.requires_grad_()
+        with torch.enable_grad():
+            out = self.runs[name]()
+        slope = torch.linspace(-1, 1, out.numel(), device=out.device).to(out.dtype).view(out.shape)
+        return lambda: [convert(grad) for grad in torch.autograd.grad(out, inputs, slope, retain_graph=True)]
 
 
 def cases(workload: Workload) -> Iterator[OpCase]:
@@ -42,74 +58,66 @@ def cases(workload: Workload) -> Iterator[OpCase]:
     torch.manual_seed(0)
     plan = _plan(workload)
 
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=workload.device, dtype=workload.torch_dtype)
+    def randn(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*shape, device=workload.device, dtype=workload.torch_dtype) * scale
 
     frames, rows = plan.levels
     count, encoders, size = (rows.num_rows, workload.num_encoders, workload.torch_dtype.itemsize)
-    bounds = list(zip(rows.group_offsets.tolist(), rows.group_offsets.tolist()[1:], strict=False))
-    sequences = list(zip(rows.cu_seqlens.tolist(), rows.cu_seqlens.tolist()[1:], strict=False))
+    offsets = rows.group_offsets
+    encoder = torch.arange(encoders, device=workload.device).repeat_interleave(offsets.diff())
+    bounds = list(zip(offsets.tolist(), offsets.tolist()[1:], strict=False))
     x = randn(count, WIDTH)
-    weight, bias = randn(encoders, 4 * WIDTH, WIDTH) * 0.05, randn(encoders, 4 * WIDTH)
-    back, back_bias = randn(encoders, WIDTH, 4 * WIDTH) * 0.05, randn(encoders, WIDTH)
+    fc1, fc1_bias = randn(encoders, 4 * WIDTH, WIDTH, scale=0.05), randn(encoders, 4 * WIDTH)
+    fc2, fc2_bias = randn(encoders, WIDTH, 4 * WIDTH, scale=0.05), randn(encoders, WIDTH)
     scale, shift = randn(encoders, WIDTH), randn(encoders, WIDTH)
 
     def by_encoder(run: Callable[[int, Tensor], Tensor]) -> Tensor:
         return torch.cat([run(e, x[first:last]) for e, (first, last) in enumerate(bounds)])
 
+    def norm(e: int, part: Tensor) -> Tensor:
+        return layer_norm(part, (WIDTH,), scale[e], shift[e])
+
+    def mlp(e: int, part: Tensor) -> Tensor:
+        return part + linear(gelu(linear(norm(e, part), fc1[e], fc1_bias[e])), fc2[e], fc2_bias[e])
+
     yield OpCase(
         f"grouped_linear with GELU, {count} rows, {WIDTH} to {4 * WIDTH}",
         {
-            "loop": lambda: by_encoder(lambda e, part: gelu(linear(part, weight[e], bias[e]))),
-            "grouped_mm": lambda: gelu(
-                grouped_mm(x, weight.mT, offs=rows.group_offsets[1:])
-                + bias.repeat_interleave(rows.group_offsets.diff(), 0)
-            ),
-            "packed": lambda: grouped_linear(x, weight, bias, rows.group_offsets, activation="gelu"),
+            "loop": lambda: by_encoder(lambda e, part: gelu(linear(part, fc1[e], fc1_bias[e]))),
+            "grouped_mm": lambda: gelu(grouped_mm(x, fc1.mT, offs=offsets[1:]) + fc1_bias[encoder]),
+            **rivals.linears(x, fc1, fc1_bias, offsets),
+            "packed": lambda: grouped_linear(x, fc1, fc1_bias, offsets, activation="gelu"),
         },
+        (x, fc1, fc1_bias),
         flops=2 * count * 4 * WIDTH * WIDTH,
-        moved=size * (count * 5 * WIDTH + weight.numel()),
+        moved=size * (count * 5 * WIDTH + fc1.numel()),
     )
+    experts = rivals.experts(fc1, fc1_bias, fc2, fc2_bias, offsets)
     yield OpCase(
         f"grouped_mlp, {count} rows, {WIDTH} to {4 * WIDTH} and back",
         {
-            "loop": lambda: by_encoder(
-                lambda e, part: (
-                    part
-                    + linear(
-                        gelu(linear(layer_norm(part, (WIDTH,), scale[e], shift[e]), weight[e], bias[e])),
-                        back[e],
-                        back_bias[e],
-                    )
-                )
-            ),
-            "packed": lambda: grouped_mlp(x, scale, shift, weight, bias, back, back_bias, rows.group_offsets, eps=1e-5),
+            "loop": lambda: by_encoder(mlp),
+            "experts_grouped_mm": lambda: x + experts(by_encoder(norm)),
+            "packed": lambda: grouped_mlp(x, scale, shift, fc1, fc1_bias, fc2, fc2_bias, offsets, eps=1e-5),
         },
+        (x, scale, shift, fc1, fc1_bias, fc2, fc2_bias),
         flops=2 * 2 * count * 4 * WIDTH * WIDTH,
-        moved=size * (2 * count * WIDTH + 2 * weight.numel()),
+        moved=size * (2 * count * WIDTH + 2 * fc1.numel()),
     )
     yield OpCase(
         f"grouped_layer_norm, {count} rows of {WIDTH}",
         {
-            "loop": lambda: by_encoder(lambda e, part: layer_norm(part, (WIDTH,), scale[e], shift[e])),
-            "packed": lambda: grouped_layer_norm(x, scale, shift, rows.group_offsets, eps=1e-5),
+            "loop": lambda: by_encoder(norm),
+            "packed": lambda: grouped_layer_norm(x, scale, shift, offsets, eps=1e-5),
         },
+        (x, scale, shift),
         flops=0.0,
         moved=size * 2 * count * WIDTH,
+        times=1.5,
     )
-    qkv = randn(count, 3, HEADS, WIDTH // HEADS)
-    yield OpCase(
-        f"varlen_attention, {len(sequences)} sequences, {HEADS} heads of {WIDTH // HEADS}",
-        {
-            "padded": _padded_attention(qkv, sequences),
-            **_varlen_rivals(qkv, rows.cu_seqlens, rows.max_seqlen),
-            "packed": lambda: varlen_attention(qkv, rows.cu_seqlens, rows.max_seqlen).flatten(1),
-        },
-        flops=sum(4 * (last - first) ** 2 * WIDTH for first, last in sequences),
-        moved=size * 4 * count * WIDTH,
-    )
+    yield _attention(randn(count, 3, HEADS, WIDTH // HEADS), rows.cu_seqlens, rows.max_seqlen)
     mel = randn(frames.num_rows, MELS)
-    stem, stem_bias = randn(encoders, WIDTH, 3, MELS) * 0.05, randn(encoders, WIDTH)
+    stem, stem_bias = randn(encoders, WIDTH, 3, MELS, scale=0.05), randn(encoders, WIDTH)
     clips = list(zip(frames.cu_seqlens.tolist(), frames.cu_seqlens.tolist()[1:], strict=False))
     yield OpCase(
         f"grouped_conv1d with GELU, {frames.num_rows} frames, {MELS} to {WIDTH}, 3 taps",
@@ -126,46 +134,38 @@ def cases(workload: Workload) -> Iterator[OpCase]:
                 cu_seqlens=frames.cu_seqlens, num_rows=frames.num_rows, padding=1, activation="gelu",
             ),
         },
+        (mel, stem, stem_bias),
         flops=2 * 3 * frames.num_rows * MELS * WIDTH,
         moved=size * (frames.num_rows * (MELS + WIDTH) + stem.numel()),
     )  # fmt: skip
 
 
-_VARLEN = {"torch_varlen": "torch.nn.attention.varlen", "flash_attn": "flash_attn"}
-MEANINGS = {
-    "loop": "torch, one call an encoder or clip",
-    "grouped_mm": "torch.nn.functional.grouped_mm, then bias and GELU",
-    "torch_varlen": "torch.nn.attention.varlen",
-    "flash_attn": "FlashAttention-2, varlen",
-    "padded": "torch's attention, one padded and masked batch",
-    "packed": "this library",
-}
+def _attention(qkv: Tensor, cu_seqlens: Tensor, longest: int) -> OpCase:
+    """Of packed sequences; the rival that pads gets them padded before the clock starts."""
+    lengths = cu_seqlens.diff().tolist()
+    padded = torch.nn.utils.rnn.pad_sequence(qkv.split(lengths), batch_first=True)
+    mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).to(qkv.device)[:, None, None]
 
+    def cut(rows: Tensor) -> Tensor:
+        return torch.cat([clip[:length] for clip, length in zip(rows, lengths, strict=True)])
 
-def missing(device: str) -> dict[str, str]:
-    """Why a rival cannot run on a device, by its name."""
-    reasons = {name: f"needs {package} and a CUDA GPU" for name, package in _VARLEN.items()}
-    return reasons if device == "cpu" else {n: r for n, r in reasons.items() if find_spec(_VARLEN[n]) is None}
+    def in_one_batch() -> Tensor:
+        q, k, v = padded.permute(2, 0, 3, 1, 4)
+        return cut(scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
 
-
-def _varlen_rivals(qkv: Tensor, cu_seqlens: Tensor, longest: int) -> dict[str, Callable[[], Tensor]]:
-    """Attention over packed sequences by others, on a GPU; they take 16 bits alone."""
-    if qkv.device.type != "cuda" or qkv.dtype == torch.float32:
-        return {}
-    absent = missing("cuda")
-    q, k, v = (part.contiguous() for part in qkv.unbind(1))
-    rivals: dict[str, Callable[[], Tensor]] = {}
-    if "torch_varlen" not in absent:
-        from torch.nn.attention.varlen import varlen_attn
-
-        rivals["torch_varlen"] = lambda: varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest).flatten(1)
-    if "flash_attn" not in absent:
-        from flash_attn import flash_attn_varlen_func
-
-        rivals["flash_attn"] = lambda: flash_attn_varlen_func(
-            q, k, v, cu_seqlens, cu_seqlens, longest, longest
-        ).flatten(1)
-    return rivals
+    count, width = len(qkv), qkv[0, 0].numel()
+    return OpCase(
+        f"varlen_attention, {len(lengths)} sequences, {qkv.shape[2]} heads of {qkv.shape[3]}",
+        {
+            "padded": in_one_batch,
+            **rivals.attentions(qkv, cu_seqlens, longest),
+            "packed": lambda: varlen_attention(qkv, cu_seqlens, longest).flatten(1),
+        },
+        (qkv,),
+        flops=sum(4 * length**2 * width for length in lengths),
+        moved=qkv.element_size() * 4 * count * width,
+        own={"padded": ((padded,), cut)},
+    )
 
 
 def _plan(workload: Workload):
@@ -174,17 +174,3 @@ def _plan(workload: Workload):
     layout = PackLayout.build([0] * workload.num_encoders, [2], workload.device)
     lengths = [frames, [-(-f // 2) for f in frames]]
     return PackPlan.build(torch.tensor(workload.indices, device=workload.device), lengths, layout).family(0)
-
-
-def _padded_attention(qkv: Tensor, sequences: list[tuple[int, int]]) -> Callable[[], Tensor]:
-    """Attention of sequences that were padded before the clock starts; their own rows are cut out again."""
-    lengths = [last - first for first, last in sequences]
-    padded = torch.nn.utils.rnn.pad_sequence([qkv[first:last] for first, last in sequences], batch_first=True)
-    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).to(qkv.device)[:, None, None]
-
-    def run() -> Tensor:
-        q, k, v = padded.permute(2, 0, 3, 1, 4)
-        out = scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-        return torch.cat([clip[:length] for clip, length in zip(out, lengths, strict=True)])
-
-    return run

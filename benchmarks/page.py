@@ -2,66 +2,145 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.suites import overhead
-from benchmarks.tables import conditions, markdown
+from benchmarks.shares import added
+from benchmarks.suites import SUITES
+from benchmarks.tables import OPS, clips, conditions, machine, markdown, meaning, speedup, table
 
-_PICTURES = (
-    ("speedup.png", "Speed-up by workload and provider"),
-    ("sweeps.png", "Time against encoders in the pool, encoders a clip, clips in the batch, seconds in a clip"),
-    ("floor.png", "Share of the floor by op"),
-    ("memory.png", "Peak memory by workload and provider"),
-)
-# What the README shows; the page has everything.
-_README = ("tiny8/speech/8", "tiny8/short/8", "tiny8/full/8")
+_PICTURES = {
+    "overview.png": "Seconds for one batch, the usual way and packed",
+    "speedup.png": "Speed-up by workload and provider",
+    "sweeps.png": "Time against encoders, slots, clips, seconds and padding",
+    "floor.png": "Share of the floor by op",
+    "memory.png": "Peak memory by workload and provider",
+}
+# What the README shows: (workload, mode, the library's provider), each beside its baseline. The page has everything.
+OVERVIEW = {
+    ("tiny8/speech/8", "features", "packed"): "features of a pool",
+    ("tiny8/short/8", "features", "packed"): "features of a pool",
+    ("tiny8/full/8", "features", "packed"): "features of a pool",
+    ("tiny8/speech/4", "features", "packed_nf4"): "features of a pool in 4 bits",
+    ("tiny8/speech/4", "whole", "mixture"): "waveforms to LLM embeddings",
+    ("tiny8/speech/2", "frozen step", "mixture_step"): "a training step, base encoder frozen",
+}
+_SECTIONS = {
+    "features": "Features of the chosen encoders",
+    "whole": "From waveforms to the language model",
+    "step": "Training the pool",
+    "frozen step": "Training the mixture beside a frozen base encoder",
+}
 
 
-def page(cpu: dict[str, Any], sweeps: dict[str, Any], profiled: dict[str, Any], pictures: str) -> str:
-    """The whole page. pictures: folder of the pictures, as the page links to it."""
-    of = {mode: [r for r in cpu["results"] if r["mode"] == mode] for mode in ("features", "whole", "step", "op")}
+def page(
+    cpu: dict[str, Any], sweeps: dict[str, Any], profiled: dict[str, Any], gpu: dict[str, Any] | None, pictures: str
+) -> str:
+    """The whole page. gpu: None where nobody has measured on one. pictures: folder of the pictures, as linked to."""
     lines = ["# Benchmarks", "", "Made by `python -m benchmarks page` from the committed results.", ""]
-    lines += ["## On a CPU", "", conditions(cpu), ""]
-    lines += [f"{_workload_names()}", ""]
-    lines += _picture(pictures, 0)
-    for mode, title in (
-        ("features", "Features of the chosen encoders"),
-        ("whole", "From waveforms to the language model"),
-        ("step", "Training"),
-        ("op", "Single ops"),
-    ):
-        lines += [f"### {title}", "", markdown(of[mode]), ""]
-        if mode == "whole" and (added := overhead(cpu)) is not None:
-            lines += [f"Two Whisper-tiny slots add {added:.1%} to the time of a Whisper-large base encoder here.", ""]
-        if mode == "op":
-            lines += _picture(pictures, 2)
-    lines += ["### Memory", "", *_picture(pictures, 3)]
-    lines += ["### Scaling", "", f"Measured by `{sweeps['command']}`.", "", *_picture(pictures, 1)]
-    lines += ["### Where the time goes", ""]
-    lines += [f"The packed pool on {profiled['workload']}, by `{profiled['command']}`:", ""]
-    lines += ["| kind of work | share |", "| --- | ---: |"]
-    lines += [f"| {kind} | {share:.1%} |" for kind, share in profiled["shares"].items()]
-    lines += ["", *(f"Not run here: {name}, {reason}." for name, reason in cpu["missing"].items()), ""]
-    lines += ["## On a CUDA GPU", "", "| workload | result |", "| --- | --- |"]
-    lines += [f"| {name} | not measured yet |" for name in dict.fromkeys(r["subject"] for r in of["features"])]
-    return "\n".join(lines) + "\n"
+    lines += ["## On a CPU", "", conditions(cpu), "", _workload_names(), ""]
+    lines += _picture(pictures, "speedup.png")
+    lines += _tables(cpu["results"])
+    lines += _picture(pictures, "floor.png")
+    lines += ["### Memory", "", *_picture(pictures, "memory.png")]
+    lines += ["### Scaling", "", f"Measured by `{sweeps['command']}`.", "", *_picture(pictures, "sweeps.png")]
+    lines += [*_where_time_goes(profiled), *_beside_the_base(profiled)]
+    lines += ["### Not run here", "", *(f"- {name}: {reason}." for name, reason in cpu["missing"].items()), ""]
+    lines += ["## On a CUDA GPU", ""]
+    if gpu is not None:
+        lines += [conditions(gpu), "", *_tables(gpu["results"])]
+    else:
+        rows = [(f"{c.workload}, {c.mode}", "not measured yet") for c in SUITES["gpu"]]
+        lines += [table(("workload", "result"), [*rows, ("single ops", "not measured yet")]), ""]
+    return "\n".join(lines).rstrip() + "\n"
 
 
-def readme(cpu: dict[str, Any], pictures: str) -> str:
+def readme(cpu: dict[str, Any], profiled: dict[str, Any], pictures: str) -> str:
     """The README's section."""
-    results = [r for r in cpu["results"] if r["mode"] == "features" and r["subject"] in _README]
-    whole = [r for r in cpu["results"] if r["mode"] == "whole"]
+    rows = [
+        (
+            f"{title}: {clips(own['about'])}",
+            meaning(theirs),
+            *(f"{result['seconds']['median']:.2f}" for result in (theirs, own)),
+            speedup(own, "**{:.1f}x**"),
+        )
+        for title, theirs, own in overview(cpu)
+    ]
+    slots, whole = added(profiled["parts"], "routers", "pool"), _whole(profiled)
     return "\n".join(
         (
-            conditions(cpu),
+            f"{machine(cpu)}; pools of eight Whisper-tiny, two chosen for each clip. `{cpu['command']}` measures it.",
             "",
-            markdown(results + whole),
+            table(("what", "the usual way", "its seconds", "packed", "speed-up"), rows),
             "",
-            *_picture(pictures, 1),
-            "All workloads, training, single ops, memory and scaling: [docs/benchmarks.md](docs/benchmarks.md).",
+            *_picture(pictures, "overview.png"),
+            f"Two Whisper-tiny slots add {slots['seconds']:.1%} to the time of a Whisper-large base encoder, with the "
+            f"projector {whole['seconds']:.1%} (`{profiled['command']}`). Every provider, where the time goes, single "
+            "ops, memory and scaling: [docs/benchmarks.md](docs/benchmarks.md).",
         )
     )
+
+
+def overview(cpu: dict[str, Any]) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """(what, the baseline's result, the library's) of what a newcomer wants to know, as far as it was measured."""
+    found = {(r["subject"], r["mode"], r["provider"]): r for r in cpu["results"]}
+    return [
+        (title, found[subject, mode, found[subject, mode, own]["baseline"]], found[subject, mode, own])
+        for (subject, mode, own), title in OVERVIEW.items()
+        if (subject, mode, own) in found
+    ]
+
+
+def _tables(results: Sequence[dict[str, Any]]) -> list[str]:
+    lines: list[str] = []
+    for mode, title in _SECTIONS.items():
+        lines += [f"### {title}", "", markdown([r for r in results if r["mode"] == mode]), ""]
+    return [*lines, "### Single ops", "", markdown([r for r in results if r["mode"] in OPS]), ""]
+
+
+def _where_time_goes(profiled: dict[str, Any]) -> list[str]:
+    rows = [(kind, f"{share:.1%}") for kind, share in profiled["shares"].items()]
+    return [
+        "### Where the time goes",
+        "",
+        f"The packed pool on {profiled['workload']}, by `{profiled['command']}`:",
+        "",
+        table(("kind of work", "share"), rows),
+        "",
+    ]
+
+
+def _beside_the_base(profiled: dict[str, Any]) -> list[str]:
+    parts = profiled["parts"]
+    base = parts["base encoder"]
+    shares = {name: added(parts, name) for name in parts} | {"all but the base": _whole(profiled)}
+    rows = [
+        (
+            name,
+            f"{share['seconds'] * base['seconds'] * 1e3:.1f}",
+            f"{share['flops'] * base['flops'] / 1e9:.1f}",
+            f"{share['seconds']:.1%}",
+            f"{share['flops']:.1%}",
+        )
+        for name, share in shares.items()
+    ]
+    whole = shares["all but the base"]
+    return [
+        "### What a mixture costs beside its base encoder",
+        "",
+        f"{profiled['beside']}: two Whisper-tiny beside Whisper-large, from waveforms to embeddings, by the same "
+        "command. Shares are of the base encoder's.",
+        "",
+        table(("part", "ms", "GFLOP", "share of time", "share of FLOPs"), rows),
+        "",
+        f"The mixture's share of the time is {whole['seconds'] / whole['flops']:.2f} times its share of the FLOPs.",
+        "",
+    ]
+
+
+def _whole(profiled: dict[str, Any]) -> dict[str, float]:
+    return added(profiled["parts"], *(name for name in profiled["parts"] if name != "base encoder"))
 
 
 def _workload_names() -> str:
@@ -73,6 +152,5 @@ def _workload_names() -> str:
     )
 
 
-def _picture(folder: str, index: int) -> list[str]:
-    name, text = _PICTURES[index]
-    return [f"![{text}]({Path(folder, name).as_posix()})", ""]
+def _picture(folder: str, name: str) -> list[str]:
+    return [f"![{_PICTURES[name]}]({Path(folder, name).as_posix()})", ""]

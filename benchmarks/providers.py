@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from benchmarks.workloads import Workload
 from mowe import EncoderPool
 from mowe.audio import SAMPLING_RATE
 from mowe.families import Context
+from mowe.pool import PoolOutput
 from mowe_kernels import use_backend
 
 Outputs = list[list[Tensor]]
@@ -31,7 +33,8 @@ class Provider:
     """prepare: builds the timed function. context: what its Whisper outputs equal; None for the workload's own.
 
     same_as: the library's provider whose outputs it must equal; None for one that computes only a part of them.
-    missing: why it cannot run on this machine, None where it can.
+    missing: why it cannot run on this machine, None where it can. learns: whether it computes gradients. dtype: of its
+    weights, where that is not the workload's. tolerance: of its outputs, where its arithmetic is not the workload's.
     """
 
     prepare: Callable[..., Run]
@@ -39,21 +42,35 @@ class Provider:
     meaning: str
     same_as: str | None = "packed"
     missing: Callable[[], str | None] = lambda: None
+    learns: bool = False
+    dtype: str | None = None
+    tolerance: float | None = None
+
+
+@lru_cache(maxsize=1)
+def shared_encoders(workload: Workload) -> list[nn.Module]:
+    """The members of the pool, one copy for all who leave them as they are."""
+    return workload.encoders()
+
+
+@lru_cache(maxsize=1)
+def shared_pool(workload: Workload) -> EncoderPool:
+    """The packed pool, likewise; no encoder of transformers stays beside it."""
+    return EncoderPool.from_encoders(workload.encoders())
 
 
 def packed(workload: Workload, context: Context | None = None) -> Run:
-    pool, waveforms = (EncoderPool.from_encoders(workload.encoders()), workload.waveforms())
+    pool, waveforms = shared_pool(workload), workload.waveforms()
 
     def run() -> Outputs:
-        out = pool.encode(waveforms, workload.indices, context or workload.context)
-        return [[out.pair(clip, slot) for slot in range(workload.top_k)] for clip in range(len(waveforms))]
+        return pairs(workload, pool.encode(waveforms, workload.indices, context or workload.context))
 
     return run
 
 
 def per_clip(workload: Workload) -> Run:
-    encoders, waveforms = workload.encoders(), workload.waveforms()
-    inputs = _extractors(encoders)
+    encoders, waveforms = shared_encoders(workload), workload.waveforms()
+    inputs = extractors(encoders)
 
     def run() -> Outputs:
         return [
@@ -65,25 +82,25 @@ def per_clip(workload: Workload) -> Run:
 
 
 def padded_loop(workload: Workload) -> Run:
-    encoders = workload.encoders()
-    return _loop(workload, encoders, [lambda x, e=e: e(x).last_hidden_state for e in encoders])
+    encoders = shared_encoders(workload)
+    return loop(workload, encoders, [lambda x, e=e: e(x).last_hidden_state for e in encoders])
 
 
 def padded_loop_compiled(workload: Workload) -> Run:
     """One compiled graph for encoders of one architecture; the number of clips may change."""
-    encoders = workload.encoders()
+    encoders = shared_encoders(workload)
     skeleton = deepcopy(encoders[0]).to("meta")
     compiled = torch.compile(
         lambda parameters, x: functional_call(skeleton, parameters, (x,)).last_hidden_state, dynamic=True
     )
     states = [dict(encoder.named_parameters()) | dict(encoder.named_buffers()) for encoder in encoders]
-    return _loop(workload, encoders, [lambda x, s=s: compiled(s, x) for s in states])
+    return loop(workload, encoders, [lambda x, s=s: compiled(s, x) for s in states])
 
 
 def all_encoders(workload: Workload) -> Run:
     """Every encoder on every clip, stacked by torch.func: no routing of the work at all."""
-    encoders = workload.encoders()
-    given = torch.cat([clip[0] for clip in _given(workload, encoders)])
+    encoders = shared_encoders(workload)
+    inputs = torch.cat([clip[0] for clip in given(workload, encoders)])
     parameters, buffers = stack_module_state(encoders)
     skeleton = deepcopy(encoders[0]).to("meta")
 
@@ -91,7 +108,7 @@ def all_encoders(workload: Workload) -> Run:
         return functional_call(skeleton, (parameters, buffers), (x,)).last_hidden_state
 
     def run() -> Outputs:
-        hidden = torch.vmap(one, in_dims=(0, 0, None))(parameters, buffers, given)
+        hidden = torch.vmap(one, in_dims=(0, 0, None))(parameters, buffers, inputs)
         return [[hidden[e, b] for e in chosen] for b, chosen in enumerate(workload.indices)]
 
     return run
@@ -109,42 +126,14 @@ def packed_by_blas(workload: Workload, context: Context | None = None) -> Run:
 
 
 def trimmed(workload: Workload) -> Run:
-    encoders, waveforms = workload.encoders(), workload.waveforms()
-    inputs = _extractors(encoders, padding="do_not_pad")
+    encoders, waveforms = shared_encoders(workload), workload.waveforms()
+    inputs = extractors(encoders, padding="do_not_pad")
 
     def run() -> Outputs:
         return [
             [_encode_own_frames(encoders[e], inputs[e](wave)) for e in chosen]
             for wave, chosen in zip(waveforms, workload.indices, strict=True)
         ]
-
-    return run
-
-
-def packed_step(workload: Workload, context: Context | None = None) -> Run:
-    pool, waveforms = (EncoderPool.from_encoders(workload.encoders()), workload.waveforms())
-    (family,) = pool.families
-    weight = family.layers[0].fc1.weight
-
-    def run() -> Outputs:
-        pool.zero_grad()
-        out = pool.encode(waveforms, workload.indices, context or workload.context)
-        pairs = ((clip, slot) for clip in range(len(waveforms)) for slot in range(workload.top_k))
-        _backward([out.pair(*pair) for pair in pairs])
-        return [[weight.grad[e] for e in chosen] for chosen in workload.indices]
-
-    return run
-
-
-def padded_loop_step(workload: Workload) -> Run:
-    encoders = workload.encoders()
-    forward = _loop(workload, encoders, [lambda x, e=e: e(x).last_hidden_state for e in encoders])
-
-    def run() -> Outputs:
-        for encoder in encoders:
-            encoder.zero_grad()
-        _backward([features for clip in forward() for features in clip])
-        return [[encoders[e].layers[0].fc1.weight.grad for e in chosen] for chosen in workload.indices]
 
     return run
 
@@ -158,47 +147,51 @@ PROVIDERS = {
     "per_clip": Provider(per_clip, "window", "transformers, each clip and slot alone, from waveforms"),
     "padded_loop": Provider(padded_loop, "window", "transformers, one batch an encoder, features given"),
     "padded_loop_compiled": Provider(
-        padded_loop_compiled, "window", "the same under torch.compile", missing=_needs_compiler
+        padded_loop_compiled,
+        "window",
+        "transformers under torch.compile, one batch an encoder, features given",
+        missing=_needs_compiler,
     ),
     "all_encoders": Provider(all_encoders, "window", "torch.func.vmap: every encoder on every clip, features given"),
     "packed_by_blas": Provider(packed_by_blas, None, "the packed pass in plain torch: BLAS, one call an encoder"),
     "trimmed": Provider(trimmed, "valid", "transformers' layers on each clip's own frames, from waveforms"),
-    "packed_step": Provider(packed_step, None, "one packed pass and its backward, from waveforms", "packed_step"),
-    "padded_loop_step": Provider(
-        padded_loop_step, "window", "transformers, one batch an encoder and its backward, features given", "packed_step"
-    ),
 }
 
 
-def _loop(workload: Workload, encoders: Sequence[nn.Module], runs: Sequence[Callable[[Tensor], Tensor]]) -> Run:
+def loop(workload: Workload, encoders: Sequence[nn.Module], runs: Sequence[Callable[[Tensor], Tensor]]) -> Run:
     """Each encoder once, on all clips that chose it."""
-    given = _given(workload, encoders)
+    inputs = given(workload, encoders)
 
     def run() -> Outputs:
-        outputs: list[dict[int, Tensor]] = [{} for _ in given]
+        outputs: list[dict[int, Tensor]] = [{} for _ in inputs]
         for e, encode in enumerate(runs):
             clips = [b for b, chosen in enumerate(workload.indices) if e in chosen]
             if clips:
-                for b, features in zip(clips, encode(torch.cat([given[b][e] for b in clips])), strict=True):
+                for b, features in zip(clips, encode(torch.cat([inputs[b][e] for b in clips])), strict=True):
                     outputs[b][e] = features
         return [[found[e] for e in chosen] for found, chosen in zip(outputs, workload.indices, strict=True)]
 
     return run
 
 
-def _given(workload: Workload, encoders: Sequence[nn.Module]) -> list[list[Tensor]]:
+def given(workload: Workload, encoders: Sequence[nn.Module]) -> list[list[Tensor]]:
     """[clip][encoder]: its input, prepared before the clock starts; encoders of one kind share it."""
-    extractors = _extractors(encoders)
+    prepare = extractors(encoders)
     kinds = {_kind(encoder): e for e, encoder in enumerate(encoders)}
-    by_kind = [{kind: extractors[e](wave) for kind, e in kinds.items()} for wave in workload.waveforms()]
+    by_kind = [{kind: prepare[e](wave) for kind, e in kinds.items()} for wave in workload.waveforms()]
     return [[clip[_kind(encoder)] for encoder in encoders] for clip in by_kind]
+
+
+def pairs(workload: Workload, out: PoolOutput) -> Outputs:
+    """Features of every slot of every clip."""
+    return [[out.pair(clip, slot) for slot in range(workload.top_k)] for clip in range(len(workload.seconds))]
 
 
 def _kind(encoder: nn.Module) -> tuple[str, int]:
     return encoder.main_input_name, getattr(encoder.config, "num_mel_bins", 1)
 
 
-def _extractors(encoders: Sequence[nn.Module], padding: str = "max_length") -> list[Callable[[Tensor], Tensor]]:
+def extractors(encoders: Sequence[nn.Module], padding: str = "max_length") -> list[Callable[[Tensor], Tensor]]:
     """Waveform -> each encoder's input [1, ...]: log-mel features for Whisper, the clip as it is for wave encoders."""
     return [_extractor(encoder, padding) for encoder in encoders]
 
@@ -213,8 +206,8 @@ def _extractor(encoder: nn.Module, padding: str) -> Callable[[Tensor], Tensor]:
     ).input_features.to(wave.device, dtype)
 
 
-def _encode(encoder: nn.Module, given: Tensor) -> Tensor:
-    return encoder(given).last_hidden_state[0]
+def _encode(encoder: nn.Module, inputs: Tensor) -> Tensor:
+    return encoder(inputs).last_hidden_state[0]
 
 
 def _encode_own_frames(encoder: nn.Module, features: Tensor) -> Tensor:
@@ -225,9 +218,3 @@ def _encode_own_frames(encoder: nn.Module, features: Tensor) -> Tensor:
     for layer in encoder.layers:
         h = layer(h, None)
     return encoder.layer_norm(h)[0]
-
-
-def _backward(pairs: Sequence[Tensor]) -> None:
-    """Of a loss that every feature of every pair has a part in, each its own."""
-    slope = torch.linspace(-1, 1, pairs[0].shape[1], device=pairs[0].device, dtype=pairs[0].dtype)
-    torch.stack([(features @ slope).mean() for features in pairs]).mean().backward()

@@ -15,19 +15,21 @@ import torch
 
 from benchmarks.measure import ROOT
 
-SCHEMA = 2
-_PACKAGES = ("torch", "transformers", "numpy")
+SCHEMA = 3
+_PACKAGES = ("torch", "transformers", "bitsandbytes", "numpy")
 
 
 @dataclass(frozen=True)
 class Result:
     """One provider on one workload, or one op.
 
-    subject: the workload, or the op and its sizes. mode: "features" of the pool, "whole" way to the language model,
-    training "step", or "op". seconds, speedup: median, p20, p80 over the rounds; speedup: seconds of the baseline by
-    seconds of this provider, in the same round. floor: the least seconds this machine could take, None where nobody
-    counted. memory: bytes resident before the run and at its peak, None where not read. about: encoders, slots and
-    lengths in seconds of a workload. sweep: what is varied in a series of workloads, and its value.
+    subject: the workload, or the op and its sizes. mode: of a workload "features" of the pool, "whole" way to the
+    language model, training "step" of the pool, "frozen step" of the whole way with a frozen base encoder; of an op
+    "forward" or "backward". dtype: of the weights, "nf4" among them. rounds: how often it was timed. seconds, speedup:
+    median, p20, p80 over the rounds; speedup: seconds of the baseline by seconds of this provider, in the same round.
+    floor: the least seconds this machine could take, None where nobody counted. memory: bytes resident before the run
+    and at its peak, None where not read. about: encoders, slots and lengths in seconds of a workload. sweep: what is
+    varied in a series of workloads, and its value.
     """
 
     subject: str

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
+from benchmarks.catalogue import ALL
+from benchmarks.clock import DeviceClock, host_seconds
 from benchmarks.floors import Roofs, pool_flops
-from benchmarks.measure import TOLERANCES, outputs_agree, peak_memory, prepare, spread, take_turns
-from benchmarks.ops import cases
+from benchmarks.measure import TOLERANCES, Track, outputs_agree, prepare, speedups, spread, take_turns
+from benchmarks.memory import peak_memory
+from benchmarks.ops import NUM_OPS, cases
 from benchmarks.results import Result
-from benchmarks.whole import ALL
 from benchmarks.workloads import Workload
 
-_REMEMBERED = ("per_clip", "padded_loop", "packed")
-Track = Callable[[Iterable[int]], Iterable[int]]
+_REMEMBERED = ("per_clip", "padded_loop", "nf4_loop", "packed_nf4", "packed")
 
 
 @dataclass(frozen=True)
@@ -47,35 +46,57 @@ def _on_gpu(workload: str, *providers: str, mode: str = "features") -> Compariso
 SUITES: dict[str, tuple[Comparison, ...]] = {
     "cpu": (
         Comparison(
-            "tiny8/speech/8", ("per_clip", "padded_loop", "padded_loop_compiled", "trimmed", "packed"), memory=True
+            "tiny8/speech/8",
+            ("per_clip", "padded_loop", "trimmed", "packed_by_torch", "packed", "padded_loop_compiled"),
+            memory=True,
         ),
         Comparison("tiny8/short/8", ("per_clip", "padded_loop", "trimmed", "packed")),
         Comparison("tiny8/full/8", ("padded_loop", "packed"), memory=True),
-        Comparison("tiny4/spread/8", ("per_clip", "padded_loop", "all_encoders", "trimmed", "packed"), memory=True),
-        Comparison("base16/speech/8", ("padded_loop", "packed")),
+        Comparison("tiny4/spread/4", ("per_clip", "padded_loop", "trimmed", "packed", "all_encoders")),
+        Comparison("base16/speech/4", ("padded_loop", "packed")),
         Comparison("paper/speech/4", ("per_clip", "packed")),
-        Comparison("hubert1/8s/4", ("per_clip", "packed")),
-        Comparison("tiny8/speech/8", ("naive", "mixture"), "whole"),
+        Comparison("hubert1/8s/2", ("per_clip", "packed")),
+        Comparison("tiny8/speech/4", ("nf4_loop", "nf4_loop_bf16", "packed", "packed_nf4"), memory=True),
+        Comparison("tiny8/speech/4", ("naive", "mixture"), "whole"),
         Comparison("tiny2/8s/1", ("base_alone", "mixture"), "whole"),
-        Comparison("tiny8/speech/8", ("padded_loop_step", "packed_step"), "step"),
+        Comparison("tiny8/speech/4", ("padded_loop_step", "packed_step"), "step"),
+        Comparison("tiny8/speech/2", ("padded_mixture_step", "mixture_step"), "frozen step"),
     ),
     "gpu": (
-        _on_gpu("tiny8/speech/64", "per_clip", "padded_loop", "padded_loop_compiled", "packed_by_blas", "packed"),
+        _on_gpu(
+            "tiny8/speech/64",
+            "per_clip",
+            "padded_loop",
+            "padded_loop_compiled",
+            "packed_by_blas",
+            "packed_by_torch",
+            "packed",
+        ),
         _on_gpu("tiny8/short/64", "per_clip", "padded_loop", "packed"),
         _on_gpu("tiny8/full/16", "padded_loop", "packed"),
-        _on_gpu("base16/speech/64", "padded_loop", "packed_by_blas", "packed"),
+        _on_gpu("tiny4/speech/16", "padded_loop", "all_encoders", "packed"),
+        _on_gpu("base16/speech/64", "padded_loop", "packed_by_blas", "packed_by_torch", "packed"),
         _on_gpu("paper/speech/16", "per_clip", "packed"),
+        _on_gpu("tiny8/speech/16", "nf4_loop", "packed", "packed_nf4"),
         _on_gpu("tiny8/speech/16", "naive", "mixture", mode="whole"),
         _on_gpu("tiny2/8s/8", "base_alone", "mixture", mode="whole"),
         _on_gpu("tiny8/speech/16", "padded_loop_step", "packed_step", mode="step"),
+        _on_gpu("tiny8/speech/16", "padded_mixture_step", "mixture_step", mode="frozen step"),
     ),
     "sweeps": (
         *_sweep(
-            "encoders in the pool", {n: f"tiny{n}/speech/8" for n in (2, 4, 8, 16, 32, 64)}, "padded_loop", "packed"
+            "encoders in the pool", {n: f"tiny{n}/speech/4" for n in (2, 4, 8, 16, 32, 64)}, "padded_loop", "packed"
         ),
-        *_sweep("encoders a clip", {k: f"tiny8/speech/8/k{k}" for k in (1, 2, 3, 4)}, "padded_loop", "packed"),
+        *_sweep("encoders a clip", {k: f"tiny8/speech/4/k{k}" for k in (1, 2, 3, 4)}, "padded_loop", "packed"),
         *_sweep("clips in the batch", {b: f"tiny8/speech/{b}" for b in (1, 2, 4, 8, 16)}, "padded_loop", "packed"),
-        *_sweep("seconds in a clip", {s: f"tiny8/{s}s/8" for s in (1, 2, 4, 8, 15, 29)}, "padded_loop", "packed"),
+        *_sweep("clips in the batch", {b: f"tiny8/speech/{b}" for b in (32, 64, 128)}, "packed"),
+        *_sweep("seconds in a clip", {s: f"tiny8/{s}s/4" for s in (1, 2, 4, 8, 15, 30)}, "padded_loop", "packed"),
+        *_sweep(
+            "% of padding around 60 s of audio",
+            {100 - n: f"tiny8/{0.3 * n:g}s/{200 // n}" for n in (100, 50, 25, 10)},
+            "padded_loop",
+            "packed",
+        ),
     ),
 }
 
@@ -90,7 +111,7 @@ def select(suite: str, workloads: Sequence[str], providers: Sequence[str]) -> li
     known = dict.fromkeys(comparison.workload for comparison in SUITES[suite])
     for kind, given, names in (("workload", workloads, known), ("provider", providers, ALL)):
         if unknown := sorted(set(given) - set(names)):
-            raise ValueError(f"unknown {kind} {', '.join(unknown)}; suite {suite} has {', '.join(names)}")
+            raise ValueError(f"unknown {kind} {', '.join(map(repr, unknown))}; suite {suite} has {', '.join(names)}")
     chosen = []
     for c in SUITES[suite]:
         names = tuple(p for i, p in enumerate(c.providers) if not i or not providers or p in providers)
@@ -102,7 +123,7 @@ def select(suite: str, workloads: Sequence[str], providers: Sequence[str]) -> li
 
 
 def compare(comparison: Comparison, rounds: int, threads: int, roofs: Roofs, track: Track = iter) -> list[Result]:
-    """Time every provider that can run here `rounds` times in turns on `threads` threads, then read its peak memory.
+    """Time every provider that can run here `rounds` times in turns on `threads` threads.
 
     track: wraps the rounds, for a progress bar. Raises OutputsDifferError before anything is timed.
     """
@@ -110,7 +131,7 @@ def compare(comparison: Comparison, rounds: int, threads: int, roofs: Roofs, tra
     workload = Workload.named(comparison.workload, comparison.device, comparison.dtype)
     names = [name for name in comparison.providers if ALL[name].missing() is None]
     floor = roofs.floor(pool_flops(workload)) if comparison.mode == "features" else None
-    with torch.no_grad() if comparison.mode != "step" else nullcontext():
+    with torch.set_grad_enabled(ALL[names[0]].learns):
         seconds = take_turns(prepare(workload, names), rounds, track)
     baseline = seconds[names[0]]
     return [
@@ -119,12 +140,11 @@ def compare(comparison: Comparison, rounds: int, threads: int, roofs: Roofs, tra
             provider=name,
             baseline=names[0],
             mode=comparison.mode,
-            dtype=workload.dtype,
-            rounds=rounds,
+            dtype=ALL[name].dtype or workload.dtype,
+            rounds=len(seconds[name]),
             seconds=spread(seconds[name]),
-            speedup=spread([b / s for b, s in zip(baseline, seconds[name], strict=True)]),
+            speedup=spread(speedups(baseline, seconds[name])),
             floor=floor,
-            memory=peak_memory(workload, name, threads) if comparison.memory and name in _REMEMBERED else None,
             about={"encoders": workload.num_encoders, "slots": workload.top_k, "seconds": workload.seconds},
             sweep=None if comparison.sweep is None else dict(zip(("axis", "value"), comparison.sweep, strict=True)),
         )
@@ -132,31 +152,52 @@ def compare(comparison: Comparison, rounds: int, threads: int, roofs: Roofs, tra
     ]
 
 
+def remember(comparisons: Sequence[Comparison], results: Sequence[Result], threads: int) -> list[Result]:
+    """The results of those comparisons, with the peak memory of providers where it is asked for."""
+    asked = {(c.workload, c.mode): c for c in comparisons if c.memory}
+    of = {}
+    for i, result in enumerate(results):
+        comparison = asked.get((result.subject, result.mode))
+        if comparison is not None and result.provider in _REMEMBERED:
+            of[i] = (Workload.named(comparison.workload, comparison.device, comparison.dtype), result.provider)
+    peaks = dict(zip(of, peak_memory(list(of.values()), threads), strict=True))
+    return [replace(result, memory=peaks.get(i)) for i, result in enumerate(results)]
+
+
 @torch.no_grad()
-def compare_ops(workload: Workload, rounds: int, threads: int, roofs: Roofs) -> list[Result]:
-    """Every op of a Whisper-tiny layer against its rivals. Raises OutputsDifferError before an op is timed."""
+def compare_ops(workload: Workload, rounds: int, threads: int, roofs: Roofs, track: Track = iter) -> list[Result]:
+    """Every op of a Whisper-tiny layer against its rivals, forward, then backward.
+
+    Raises OutputsDifferError before an op is timed.
+    """
     torch.set_num_threads(threads)
+    clock = DeviceClock() if workload.device == "cuda" else host_seconds
     results = []
-    for case in cases(workload):
-        baseline, *_ = case.runs
-        expected = case.runs["packed"]()
-        for name, run in case.runs.items():
-            outputs_agree(f"{case.subject}: {name}", [[run()]], [[expected]], TOLERANCES[workload.torch_dtype])
-        seconds = take_turns(case.runs, rounds)
-        results += [
-            Result(
-                subject=case.subject,
-                provider=name,
-                baseline=baseline,
-                mode="op",
-                dtype=workload.dtype,
-                rounds=rounds,
-                seconds=spread(seconds[name]),
-                speedup=spread([b / s for b, s in zip(seconds[baseline], seconds[name], strict=True)]),
-                floor=roofs.floor(case.flops, case.moved),
-            )
-            for name in case.runs
-        ]
+    for _, case in zip(track(range(NUM_OPS)), cases(workload), strict=True):
+        backward = {name: case.backward(name) for name in case.runs}
+        for mode, runs, times in (("forward", case.runs, 1.0), ("backward", backward, case.times)):
+            outputs = {name: run() for name, run in runs.items()}
+            outputs = {name: [[out] if isinstance(out, torch.Tensor) else out] for name, out in outputs.items()}
+            for name in runs:
+                title = f"{case.subject}, {mode}: {name}"
+                outputs_agree(title, outputs[name], outputs["packed"], TOLERANCES[workload.torch_dtype])
+            del outputs
+            seconds = take_turns(runs, rounds, clock=clock)
+            baseline = next(iter(runs))
+            results += [
+                Result(
+                    subject=case.subject,
+                    provider=name,
+                    baseline=baseline,
+                    mode=mode,
+                    dtype=workload.dtype,
+                    rounds=rounds,
+                    seconds=spread(seconds[name]),
+                    speedup=spread(speedups(seconds[baseline], seconds[name])),
+                    floor=roofs.floor(times * case.flops, times * case.moved),
+                )
+                for name in runs
+            ]
     return results
 
 
@@ -164,11 +205,3 @@ def missing(comparisons: Sequence[Comparison]) -> dict[str, str]:
     """Why a provider of these comparisons cannot run here, by its name."""
     reasons = {name: ALL[name].missing() for comparison in comparisons for name in comparison.providers}
     return {name: reason for name, reason in reasons.items() if reason is not None}
-
-
-def overhead(report: dict[str, Any]) -> float | None:
-    """Share of its time that the mixture adds to a large base encoder, median; None where not measured."""
-    for result in report["results"]:
-        if result["baseline"] == "base_alone" and result["provider"] == "mixture":
-            return 1 / result["speedup"]["median"] - 1
-    return None

@@ -7,14 +7,17 @@ data-dependent, the routers' weights random: which encoders a clip gets is left 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, WhisperFeatureExtractor
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.providers import PROVIDERS, Outputs, Provider, Run
+from benchmarks.providers import Outputs, Provider, Run, extractors
 from benchmarks.workloads import Workload
 from mowe import EncoderPool, MoweForConditionalGeneration
-from mowe.audio import SAMPLING_RATE, AudioBatch
+from mowe.audio import AudioBatch
 from mowe.families import ClipFeatures, Context
 from mowe.modeling_mowe import MoweModel
 
@@ -22,8 +25,12 @@ _LLM_WIDTH = 2048
 
 
 def mixture(workload: Workload, context: Context | None = None) -> Run:
-    model, waveforms = (_model(workload, context or workload.context), workload.waveforms())
-    inputs, mask = _padded(waveforms)
+    return mixture_of(workload, _shared(workload, context or workload.context))
+
+
+def mixture_of(workload: Workload, model: MoweModel) -> Run:
+    """The workload's clips through a model that is there already."""
+    inputs, mask = padded(workload.waveforms())
 
     def run() -> Outputs:
         out = model.get_audio_features(inputs, mask).mixture
@@ -34,7 +41,7 @@ def mixture(workload: Workload, context: Context | None = None) -> Run:
 
 def base_alone(workload: Workload, context: Context | None = None) -> Run:
     context = context or workload.context
-    model, waveforms = _model(workload, context), workload.waveforms()
+    model, waveforms = _shared(workload, context), workload.waveforms()
 
     def run() -> Outputs:
         base = model.encode_base(ClipFeatures(AudioBatch.from_waveforms(waveforms), context))
@@ -43,48 +50,73 @@ def base_alone(workload: Workload, context: Context | None = None) -> Run:
     return run
 
 
+@dataclass(frozen=True)
+class Parts:
+    """A model's parts as one would have them without this library: encoders of transformers, and torch's own layers.
+
+    layers: weight [N, K, 3] and bias [N] of every convolution of the projector, the first over base and slots joined.
+    """
+
+    base: nn.Module
+    encoders: list[nn.Module]
+    router: nn.Linear
+    slots: int
+    layers: list[tuple[Tensor, Tensor]]
+    linear: nn.Linear
+
+    @classmethod
+    def of(cls, model: MoweModel) -> Parts:
+        """Raises ValueError for a pool of several families."""
+        pool, projector = model.mixture.pool, model.multi_modal_projector
+        if len(pool.families) != 1:
+            raise ValueError("the mixture without this library is written for a pool of one family")
+        first = torch.cat((projector.base_weight, *projector.slot_weights[0]), dim=-1).mT
+        return cls(
+            model.audio_tower.to_transformers(0),
+            [pool.to_transformers(e) for e in range(pool.num_encoders)],
+            model.mixture.router.dependent,
+            model.config.num_dependent_slots,
+            [(first, projector.bias)] + [(conv.weight[0].mT, conv.bias[0]) for conv in projector.convs],
+            projector.linear,
+        )
+
+    def route(self, rows: Tensor) -> tuple[Tensor, list[int]]:
+        """Weight and encoder of each slot of a clip, from its base features [T, D]."""
+        weights, chosen = self.router(rows.mean(0)).softmax(-1).topk(self.slots)
+        return weights, chosen.tolist()
+
+    def project(self, rows: Tensor, weights: Tensor, slots: list[Tensor]) -> Tensor:
+        """Base features [T, D] and those of the slots -> tokens of one clip."""
+        h = torch.cat((rows, *(w * features for w, features in zip(weights, slots, strict=True))), dim=1).T[None]
+        for weight, bias in self.layers:
+            h = nn.functional.gelu(nn.functional.conv1d(h, weight, bias, stride=2, padding=1))
+        return self.linear(h[0].T)
+
+
 def naive(workload: Workload) -> Run:
-    model, waveforms = _model(workload, "window"), workload.waveforms()
-    config, projector = model.config, model.multi_modal_projector
-    pool, router = model.mixture.pool, model.mixture.router
-    if len(pool.families) != 1:
-        raise ValueError(f"{workload.name}: the naive mixture is written for a pool of one family")
-    base = model.audio_tower.to_transformers(0)
-    encoders = [pool.to_transformers(e) for e in range(pool.num_encoders)]
-    extractors = [WhisperFeatureExtractor(feature_size=encoder.config.num_mel_bins) for encoder in (base, encoders[0])]
-    first = torch.cat((projector.base_weight, *projector.slot_weights[0]), dim=-1).mT
-    layers = [(first, projector.bias)] + [(conv.weight[0].mT, conv.bias[0]) for conv in projector.convs]
+    model, waveforms = _shared(workload, "window"), workload.waveforms()
+    parts = Parts.of(model)
+    inputs = extractors([parts.base, parts.encoders[0]])
 
     def clip(wave: Tensor) -> Tensor:
-        for_base, for_pool = (
-            extract(wave.cpu().numpy(), sampling_rate=SAMPLING_RATE, return_tensors="pt").input_features.to(
-                workload.device, workload.torch_dtype
-            )
-            for extract in extractors
-        )
+        for_base, for_pool = (extract(wave) for extract in inputs)
         frames = model.audio_tower.level_lengths(len(wave), "valid")[-1]
-        rows = base(for_base).last_hidden_state[0, :frames]
-        weights, chosen = router.dependent(rows.mean(0)).softmax(-1).topk(config.num_dependent_slots)
-        slots = [
-            w * encoders[e](for_pool).last_hidden_state[0, :frames]
-            for w, e in zip(weights, chosen.tolist(), strict=True)
-        ]
-        h = torch.cat((rows, *slots), dim=1).T[None]
-        for weight, bias in layers:
-            h = nn.functional.gelu(nn.functional.conv1d(h, weight, bias, stride=2, padding=1))
-        return projector.linear(h[0].T)
+        rows = parts.base(for_base).last_hidden_state[0, :frames]
+        weights, chosen = parts.route(rows)
+        slots = [parts.encoders[e](for_pool).last_hidden_state[0, :frames] for e in chosen]
+        return parts.project(rows, weights, slots)
 
     return lambda: [[clip(wave)] for wave in waveforms]
 
 
-ALL: dict[str, Provider] = PROVIDERS | {
+WHOLE = {
     "naive": Provider(naive, "window", "transformers and torch, clip by clip, each padded to 30 s", "mixture"),
     "mixture": Provider(mixture, None, "base encoder and mixture, packed", "mixture"),
     "base_alone": Provider(base_alone, None, "the base encoder alone, packed", None),
 }
 
 
-def _model(workload: Workload, context: Context) -> MoweModel:
+def assembled(workload: Workload, context: Context) -> MoweModel:
     """Base, routers, pool and projector with random weights, and a language model of which only the width matters."""
     encoders = workload.encoders()
     torch.manual_seed(1)
@@ -110,7 +142,11 @@ def _model(workload: Workload, context: Context) -> MoweModel:
     return model.model.eval()
 
 
-def _padded(waveforms: list[Tensor]) -> tuple[Tensor, Tensor]:
+# One copy for all who leave it as it is.
+_shared = lru_cache(maxsize=2)(assembled)
+
+
+def padded(waveforms: list[Tensor]) -> tuple[Tensor, Tensor]:
     """[B, S] zero-padded waveforms and the mask of real samples, as the processor makes them."""
     lengths = torch.tensor([len(wave) for wave in waveforms])
     padded = nn.utils.rnn.pad_sequence(waveforms, batch_first=True)

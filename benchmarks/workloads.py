@@ -44,7 +44,7 @@ def hubert_base() -> nn.Module:
 KINDS: dict[str, Callable[[], nn.Module]] = {"tiny": whisper_tiny, "base": whisper_base, "hubert": hubert_base}
 PAPER = (whisper_tiny, whisper_tiny, hubert_base, hubert_base)
 # The base encoder beside each pool, where the whole way to the language model is measured.
-BASES = {"tiny2": whisper_large, "tiny8": whisper_base}
+BASES = {"tiny2": whisper_large, "tiny4": whisper_tiny, "tiny8": whisper_base}
 
 
 def full(count: int) -> tuple[float, ...]:
@@ -78,7 +78,7 @@ MIXES: dict[str, Callable[[int], tuple[float, ...]]] = {
 
 
 _NAME = re.compile(
-    rf"(?:paper|(?P<kind>[a-z]+)(?P<count>[1-9]\d*))/(?P<mix>{'|'.join(MIXES)}|\d+s)/(?P<clips>\d+)(?:/k(?P<slots>\d+))?"
+    rf"(?:paper|(?P<kind>[a-z]+)(?P<count>[1-9]\d*))/(?P<mix>{'|'.join(MIXES)}|\d+(?:\.\d+)?s)/(?P<clips>\d+)(?:/k(?P<slots>\d+))?"
 )
 
 
@@ -123,13 +123,18 @@ class Workload:
         context: Context = "window" if min(seconds) == 30 else "valid"
         return cls(name, pool, top_k, seconds, context, device, dtype)
 
-    def base(self) -> nn.Module:
-        """The base encoder beside the pool. Raises ValueError where the pool has none."""
+    @property
+    def make_base(self) -> Callable[[], nn.Module]:
+        """Maker of the base encoder beside the pool. Raises ValueError where the pool has none."""
         make = BASES.get(self.name.partition("/")[0])
         if make is None:
             raise ValueError(f"{self.name}: no base encoder; there is one beside {', '.join(BASES)}")
+        return make
+
+    def base(self) -> nn.Module:
+        """The base encoder beside the pool. Raises ValueError where the pool has none."""
         torch.manual_seed(1)
-        return self._placed(make)
+        return self._placed(self.make_base)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -146,7 +151,7 @@ class Workload:
         return [draw.sample(range(self.num_encoders), self.top_k) for _ in self.seconds]
 
     def encoders(self) -> list[nn.Module]:
-        """The members of the pool, in evaluation mode."""
+        """The members of the pool, in evaluation mode, made anew."""
         torch.manual_seed(0)
         return [self._placed(make) for make in self.pool]
 

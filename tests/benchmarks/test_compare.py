@@ -47,12 +47,16 @@ def test_command(tmp_path, now, code):
     ("arguments", "says"),
     [
         (["run", "--suite", "nope"], "unknown suite 'nope'; expected one of cpu, gpu, sweeps"),
-        (["run", "--workload", "x"], "unknown workload x"),
-        (["run", "--provider", "x"], "unknown provider x"),
+        (["run", "--workload", "x"], "unknown workload 'x'"),
+        (["run", "--provider", "x"], "unknown provider 'x'"),
         (["run", "--suite", "sweeps", "--provider", "naive"], "nothing of suite sweeps is left"),
         (["compare", "nope.json", "nope.json"], "nope.json: No such file or directory"),
         (["compare", "text", "text"], "text: expected a results file, JSON"),
-        (["compare", "older", "older"], "older: expected results of schema 2, got 1"),
+        (["compare", "older", "older"], "older: expected results of schema 3, got 1"),
+        (["compare", "here", "there"], "results of different devices cannot be compared: 'a CPU' and 'another'"),
+        (["run", "--workload", ""], "unknown workload ''; suite cpu has tiny8/speech/8"),
+        (["profile", "--workload", "tiny8/nap/8"], "unknown workload 'tiny8/nap/8'; expected pool/mix/clips"),
+        (["profile", "--beside", "hubert1/1s/1"], "hubert1/1s/1: no base encoder; there is one beside tiny2"),
         (["page", "--results", "."], "cpu.json: No such file or directory"),
     ],
 )
@@ -60,6 +64,8 @@ def test_bad_input(arguments, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").write_text("no results")
     (tmp_path / "older").write_text('{"schema": 1}')
+    for name, device in (("here", "a CPU"), ("there", "another")):
+        (tmp_path / name).write_text(json.dumps(report(result("packed", 5.0), device=device)))
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 2
     assert says in done.stderr and done.stderr.count("\n") == 1

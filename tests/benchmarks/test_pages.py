@@ -8,19 +8,23 @@ from benchmarks.__main__ import PAGE, PICTURES, README, RESULTS
 from benchmarks.page import page, readme
 from benchmarks.pictures import draw
 from benchmarks.results import load
-from benchmarks.tables import BEGIN, END, fill, rich_tables
-from tests.benchmarks.reports import report, result
+from benchmarks.tables import BEGIN, END, fill, rich_tables, speedup
+from tests.benchmarks.reports import BASELINES, report, result
 
 CPU = report(
-    result("per_clip", 1.0),
-    result("packed", 5.0),
-    result("naive", 1.0, mode="whole"),
-    result("mixture", 4.0, mode="whole"),
-    result("padded_loop_step", 1.0, mode="step"),
-    result("packed_step", 3.0, mode="step"),
-    result("loop", 1.0, mode="op", subject="grouped_linear"),
-    result("packed", 1.5, mode="op", subject="grouped_linear"),
-)
+    *(
+        result(provider, speedup, mode=mode)
+        for mode, own in (
+            ("features", "packed"), ("whole", "mixture"), ("step", "packed_step"), ("frozen step", "mixture_step")
+        )
+        for provider, speedup in ((BASELINES[mode], 1.0), (own, 5.0))
+    ),
+    *(
+        result(provider, speedup, mode=mode, subject="grouped_linear")
+        for mode in ("forward", "backward")
+        for provider, speedup in (("loop", 1.0), ("packed", 1.5))
+    ),
+)  # fmt: skip
 SWEEPS = report(
     *(
         result(provider, speedup, sweep={"axis": "encoders in the pool", "value": value})
@@ -29,24 +33,44 @@ SWEEPS = report(
     )
 )
 
-PROFILED = report(workload="tiny8/speech/8", shares={"matrix products": 0.75, "attention": 0.25})
+PARTS = {"base encoder": (2.0, 1e11), "routers": (0.01, 0.0), "pool": (0.07, 4e9), "projector": (0.02, 1e9)}
+PROFILED = report(
+    workload="tiny8/speech/8",
+    shares={"matrix products": 0.75, "attention": 0.25},
+    beside="tiny2/8s/1",
+    parts={name: {"seconds": seconds, "flops": flops} for name, (seconds, flops) in PARTS.items()},
+)
 
 
 def test_page_says_what_was_measured_and_what_was_not():
-    text = page(CPU, SWEEPS, PROFILED, "benchmarks")
+    text = page(CPU, SWEEPS, PROFILED, None, "benchmarks")
     assert "| one packed pass, from waveforms | 0.20 | 5.00 | 4.75 to 5.25 | 25% | 1024 MiB |" in text
-    assert "Not run here: padded_loop_compiled, torch.compile needs a C++ compiler." in text
+    assert "- padded_loop_compiled: torch.compile needs a C++ compiler." in text
     assert "| matrix products | 75.0% |" in text
-    assert "| tiny8/speech/8 | not measured yet |" in text
+    assert "| pool | 70.0 | 4.0 | 3.5% | 4.0% |" in text
+    assert "| tiny8/speech/64, features | not measured yet |" in text
+    assert "not measured yet" not in page(CPU, SWEEPS, PROFILED, CPU, "benchmarks")
+
+
+def test_readme_shows_what_a_newcomer_wants_to_know():
+    text = readme(CPU, PROFILED, "docs/benchmarks")
+    assert "| features of a pool: 2 clips of 2.0 to 9.5 s | transformers, each clip" in text and "| **5.0x** |" in text
+    assert "add 4.0% to the time of a Whisper-large base encoder, with the projector 5.0%" in text
+
+
+def test_no_speedup_where_the_spread_is_larger():
+    assert speedup(result("packed", 1.02)) == "no difference"
+    assert speedup(result("packed", 1.2)) == "1.20"
+    assert speedup(result("per_clip", 1.0)) == "1.00"
 
 
 def test_screen_shows_a_table_for_each_subject():
-    assert len(list(rich_tables(CPU))) == 4
+    assert len(list(rich_tables(CPU))) == 6
 
 
 def test_pictures(tmp_path):
     paths = draw(CPU, SWEEPS, tmp_path)
-    assert {path.name for path in paths} == {"speedup.png", "memory.png", "floor.png", "sweeps.png"}
+    assert {path.stem for path in paths} == {"overview", "speedup", "memory", "floor", "sweeps"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
 
@@ -62,5 +86,5 @@ def test_only_what_is_between_the_markers_changes(tmp_path):
 
 def test_committed_pages_are_those_of_the_committed_results():
     cpu, sweeps, profiled = (load(RESULTS / f"{name}.json") for name in ("cpu", "sweeps", "profile"))
-    assert PAGE.read_text() == page(cpu, sweeps, profiled, PICTURES.name)
-    assert readme(cpu, "docs/benchmarks") in README.read_text()
+    assert PAGE.read_text() == page(cpu, sweeps, profiled, None, PICTURES.name)
+    assert readme(cpu, profiled, "docs/benchmarks") in README.read_text()

@@ -12,8 +12,8 @@ from mowe import EncoderPool
 
 
 def test_a_name_says_everything():
-    workload = Workload.named("tiny3/4s/5/k1")
-    assert (workload.num_encoders, workload.top_k, workload.seconds, workload.context) == (3, 1, (4.0,) * 5, "valid")
+    workload = Workload.named("tiny3/4.5s/5/k1")
+    assert (workload.num_encoders, workload.top_k, workload.seconds, workload.context) == (3, 1, (4.5,) * 5, "valid")
     assert len(workload.indices) == 5 and all(len(chosen) == 1 for chosen in workload.indices)
 
 
@@ -35,7 +35,7 @@ def test_a_name_that_means_nothing(name):
 
 
 def test_no_base_encoder():
-    with pytest.raises(ValueError, match="no base encoder; there is one beside tiny2, tiny8"):
+    with pytest.raises(ValueError, match="no base encoder; there is one beside tiny2, tiny4, tiny8"):
         Workload.named("hubert1/8s/1").base()
 
 

@@ -1,0 +1,89 @@
+"""Every provider on small workloads: the same outputs, as they are checked before anything is timed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.catalogue import ALL
+from benchmarks.floors import Roofs, base_flops, pool_flops, projector_flops
+from benchmarks.measure import OutputsDifferError, outputs_agree, prepare, take_turns
+from benchmarks.memory import peak_memory
+from benchmarks.ops import NUM_OPS
+from benchmarks.rivals import missing
+from benchmarks.shares import added, parts
+from benchmarks.suites import SUITES, compare_ops
+from benchmarks.whole import assembled
+from benchmarks.workloads import Workload
+
+
+@pytest.mark.parametrize(
+    ("workload", "providers"),
+    [
+        ("tiny2/1s/1/k1", ("per_clip", "padded_loop", "trimmed", "all_encoders", "packed_by_blas", "packed_by_torch")),
+        ("tiny2/1s/1/k1", ("nf4_loop", "nf4_loop_bf16", "packed_nf4")),
+        ("tiny4/1s/1", ("naive", "mixture", "base_alone")),
+        ("tiny2/1s/1/k1", ("padded_loop_step", "packed_step")),
+        ("tiny4/1s/1", ("padded_mixture_step", "mixture_step")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_providers_agree(workload, providers):
+    there = [name for name in providers if ALL[name].missing() is None]
+    with torch.set_grad_enabled(ALL[providers[0]].learns):
+        assert list(prepare(Workload.named(workload), there)) == there
+
+
+def test_suites_name_providers_that_exist():
+    assert {name for suite in SUITES.values() for c in suite for name in c.providers} <= set(ALL)
+
+
+def test_outputs_that_differ_are_not_timed():
+    with pytest.raises(OutputsDifferError, match=r"a rival differs from this library's outputs .* by 1.0e-01 relative"):
+        outputs_agree("a rival", [[torch.ones(4) * 1.1]], [[torch.ones(4)]])
+
+
+def test_ops_forward_and_backward():
+    results = compare_ops(Workload.named("tiny3/1s/2"), 2, torch.get_num_threads(), Roofs(1e11, 1e10))
+    seen = {(r.subject, r.mode) for r in results}
+    assert len(seen) == 2 * NUM_OPS
+    assert {"loop", "grouped_mm", "experts_grouped_mm", "padded", "packed"} == {r.provider for r in results}
+
+
+def test_rivals_that_are_not_here_are_named():
+    reasons = missing("cpu")
+    assert reasons["scattermoe"].startswith("needs ") and reasons["torch_varlen"] == "needs a CUDA GPU"
+
+
+def test_turns(monkeypatch):
+    taken = {"slow": 10.0, "fast": 0.3}
+    calls = []
+
+    def clock(run):
+        calls.append(run())
+        return taken[calls[-1]]
+
+    seconds = take_turns({name: lambda name=name: name for name in taken}, 3, clock=clock)
+    assert seconds == {"slow": [10.0, 10.0], "fast": [0.3] * 3}  # who is slow stops early
+    assert calls.count("fast") == 3 * 5  # who is fast runs again in its turn
+
+
+def test_peak_memory():
+    (peak,) = peak_memory([(Workload.named("tiny1/1s/1"), "packed")], 1)
+    assert peak is None or peak["before"] < peak["peak"]
+
+
+def test_parts_of_a_mixture():
+    workload = Workload.named("tiny4/1s/1")
+    of = parts(workload, rounds=1)
+    model = assembled(workload, workload.context)
+    assert of["projector"]["flops"] == projector_flops(model, workload)
+    assert of["base encoder"]["flops"] == base_flops(workload) and of["pool"]["flops"] == pool_flops(workload)
+    assert added(of, "pool")["seconds"] == of["pool"]["seconds"] / of["base encoder"]["seconds"] > 0
+
+
+def test_projector_flops_by_hand():
+    workload = Workload.named("tiny4/1s/1")  # 50 base frames of width 384, two slots of 384, an LLM of width 2048
+    convolutions = 25 * 3 * 3 * 384 * 2048 + 13 * 3 * 2048**2 + 7 * 3 * 2048**2
+    expected = 2 * (convolutions + 7 * 2048**2)
+    assert projector_flops(assembled(workload, workload.context), workload) == expected
