@@ -5,7 +5,7 @@ from mowe_kernels.nf4 import Nf4Weight, nf4_quantize
 from mowe_kernels.ops.grouped_conv1d import grouped_conv1d
 from mowe_kernels.ops.grouped_layer_norm import grouped_layer_norm
 from mowe_kernels.ops.grouped_linear import grouped_linear
-from mowe_kernels.ops.grouped_linear_nf4 import grouped_linear_nf4
+from mowe_kernels.ops.grouped_linear_nf4 import grouped_linear_nf4, multiplies_in_4_bits
 from mowe_kernels.ops.grouped_mlp import grouped_mlp
 from mowe_kernels.ops.mixture_project import FrameClock, mixture_project
 from mowe_kernels.ops.nf4_dequantize_grouped import nf4_dequantize_grouped
@@ -29,6 +29,7 @@ __all__ = [
     "grouped_linear_nf4",
     "grouped_mlp",
     "mixture_project",
+    "multiplies_in_4_bits",
     "nf4_dequantize_grouped",
     "nf4_quantize",
     "pack_plan",

@@ -8,8 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mowe_kernels import Level, Nf4Weight, grouped_linear_nf4, nf4_dequantize_grouped, nf4_quantize
-from mowe_kernels.ops.grouped_linear_nf4 import multiplies_in_4_bits
+from mowe_kernels import (
+    Level,
+    Nf4Weight,
+    grouped_linear_nf4,
+    multiplies_in_4_bits,
+    nf4_dequantize_grouped,
+    nf4_quantize,
+)
 
 _SCALES = ("absmax", "nested_absmax", "nested_offset", "nested_code")
 
