@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import RenderableType
 from rich.text import Text
 
 from mowe.cli._inputs import Clip, LoadedModel, load_model, read_clips, skeleton
@@ -37,7 +38,8 @@ def run(
     examples = _tasks.read(manifests, screen)
     before = _tasks.answered(load_model(folder, screen), examples, max_new_tokens, screen) if examples else None
     loaded, comparison = quantized(folder, clips, screen, parts, double_quant)
-    data, tables = comparison.as_data(), [comparison.report()]
+    data = comparison.as_data()
+    tables: list[RenderableType] = [comparison.report()]
     if before:
         tasks = _tasks.Change(before, _tasks.answered(loaded, examples, max_new_tokens, screen))
         _tell(tasks.warnings(), screen)
