@@ -198,10 +198,9 @@ def device_lengths(lengths: Sequence[int] | Sequence[Sequence[int]], device: tor
     if _tables is not None:
         return next(_tables)
     if torch.compiler.is_compiling():
-        nested = isinstance(lengths[0], (list, tuple))
-        flat = [n for row in lengths for n in row] if nested else list(lengths)
-        on_device = torch.ops.mowe.device_lengths(flat, device)
-        return on_device.view(len(lengths), -1) if nested else on_device
+        rows = [row if isinstance(row, (list, tuple)) else (row,) for row in lengths]
+        on_device = torch.ops.mowe.device_lengths([n for row in rows for n in row], device)
+        return on_device.view(len(rows), -1) if isinstance(lengths[0], (list, tuple)) else on_device
     return _copy(lengths, device)
 
 

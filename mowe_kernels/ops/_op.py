@@ -79,11 +79,12 @@ class DifferentiableOp(Op):
         return self._compute(*args)
 
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter, int, float, bool, str, list, type(None))
+
+
 def traced(*args: Any) -> bool:
     """Whether torch.compile or a tensor subclass (fake, functional) must see the op as one node."""
-    return torch.compiler.is_compiling() or any(
-        isinstance(a, torch.Tensor) and type(a) not in (torch.Tensor, torch.nn.Parameter) for a in args
-    )
+    return torch.compiler.is_compiling() or any(type(a) not in _PLAIN and isinstance(a, torch.Tensor) for a in args)
 
 
 def needs_grad(*args: Any) -> bool:
@@ -99,12 +100,12 @@ def check(condition: bool, op: str, message: str) -> None:
 
 def check_shape(op: str, name: str, tensor: torch.Tensor, expected: tuple[int | None, ...], meaning: str) -> None:
     """Raise ValueError unless the tensor has the expected sizes (None: any), saying what was got."""
-    fits = tensor.dim() == len(expected) and all(
-        e is None or s == e for s, e in zip(tensor.shape, expected, strict=True)
-    )
-    if not fits:
+    shape = tensor.shape
+    if shape == expected:  # the common case, and the quick one
+        return
+    if len(shape) != len(expected) or any(e is not None and s != e for s, e in zip(shape, expected, strict=True)):
         sizes = ", ".join("any" if e is None else str(e) for e in expected)
-        raise ValueError(f"{op}: {name} must be {meaning} with sizes [{sizes}], got {list(tensor.shape)}")
+        raise ValueError(f"{op}: {name} must be {meaning} with sizes [{sizes}], got {list(shape)}")
 
 
 def check_dtype(op: str, x: torch.Tensor, **others: torch.Tensor | None) -> None:

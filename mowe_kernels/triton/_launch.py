@@ -19,7 +19,7 @@ DTYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32",
     torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
-COMPUTES_IN = (torch.float16, torch.bfloat16, torch.float32)
+COMPUTES_IN = frozenset((torch.float16, torch.bfloat16, torch.float32))
 
 
 class Hardware(NamedTuple):
@@ -127,7 +127,7 @@ def _query(index: int) -> Hardware:
 def check_dtypes(op: str, *tensors: Tensor | None) -> None:
     """Raise ValueError unless all the tensors there are share one of the types the kernels compute in."""
     dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
-    if len(dtypes) != 1 or not dtypes <= set(COMPUTES_IN):
+    if len(dtypes) != 1 or not dtypes <= COMPUTES_IN:
         got = ", ".join(sorted(str(dtype) for dtype in dtypes))
         raise ValueError(f"{op}: the Triton kernels take one type of float16, bfloat16 and float32, got {got}")
 

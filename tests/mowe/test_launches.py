@@ -1,0 +1,45 @@
+"""How many kernels a layer launches: what the host is asked to do for it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mowe.families.stacked import StackedLayer
+from mowe_kernels import Level, use_backend
+from mowe_kernels.triton import _launch
+
+
+@pytest.fixture
+def launches(monkeypatch) -> list[None]:
+    """Kernels are counted instead of launched, with the settings of an H100."""
+    counted: list[None] = []
+    monkeypatch.setattr(_launch, "_describe", lambda *args: None)
+    with _launch._changed(hardware=_launch.ARCHITECTURES[90], launches=counted), use_backend("triton"):
+        yield counted
+
+
+def layer(width: int, pre_norm: bool = True) -> StackedLayer:
+    return (
+        StackedLayer(4, width, width // 64, 4 * width, pre_norm=pre_norm, key_bias=False)
+        .bfloat16()
+        .requires_grad_(False)
+    )
+
+
+def rows() -> Level:
+    return Level(torch.tensor([0, 4, 8], dtype=torch.int32), torch.tensor([0, 4, 4, 8, 8], dtype=torch.int32), 8, 4)
+
+
+@pytest.mark.parametrize(
+    ("width", "pre_norm", "count"),
+    [
+        (384, True, 5),  # norm, queries keys values, attention, output, feed-forward half
+        (768, True, 7),  # too wide for that in one: norm, up, down
+        (768, False, 7),
+    ],
+)
+@torch.no_grad()
+def test_launches_of_a_layer(launches, width, pre_norm, count):
+    layer(width, pre_norm)(torch.empty(8, width, dtype=torch.bfloat16), rows())
+    assert len(launches) == count
