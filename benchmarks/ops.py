@@ -171,6 +171,6 @@ def _attention(qkv: Tensor, cu_seqlens: Tensor, longest: int) -> OpCase:
 def _plan(workload: Workload):
     """The plan of a pool of Whisper encoders for the workload's routing: log-mel frames, then frames at 50 Hz."""
     frames = [round(seconds * 100) for seconds in workload.seconds]
-    layout = PackLayout.build([0] * workload.num_encoders, [2], workload.device)
+    layout = PackLayout.build([0] * workload.num_encoders, [2], torch.device(workload.device))
     lengths = [frames, [-(-f // 2) for f in frames]]
     return PackPlan.build(torch.tensor(workload.indices, device=workload.device), lengths, layout).family(0)
