@@ -28,13 +28,26 @@ SPEECH = {
     "english_short": ("en-gb-scotland+f5", 150, "en", "Scottish English, woman, one short answer", "Yes, of course!"),
 }
 
-# name: (description, SoX effects on silence; " : " starts the next sound after the last)
+LANGUAGES = {"en": "English", "de": "German", "fr": "French", "es": "Spanish", "hi": "Hindi"}
+
+# name: (description, what a model should hear, SoX effects on silence; " : " starts the next sound after the last)
 SOUNDS = {
-    "melody": ("five plucked notes", " : ".join(f"synth 0.45 pluck {note}" for note in ("C4", "E4", "G4", "A4", "G4"))),
-    "siren": ("a siren, up and down twice", " : ".join(["synth 0.7 sine 500-1300", "synth 0.7 sine 1300-500"] * 2)),
-    "rain": ("rain-like noise", "synth 2.5 pinknoise highpass 400 lowpass 5000 tremolo 0.5 60 fade 0.2 2.5 0.4"),
-    "knocks": ("five knocks on wood", "synth 0.12 brownnoise highpass 80 fade l 0.002 0.12 0.11 pad 0 0.28 repeat 4"),
-}
+    "melody": (
+        "five plucked notes", "a melody",
+        " : ".join(f"synth 0.45 pluck {note}" for note in ("C4", "E4", "G4", "A4", "G4")),
+    ),
+    "siren": (
+        "a siren, up and down twice", "a siren",
+        " : ".join(["synth 0.7 sine 500-1300", "synth 0.7 sine 1300-500"] * 2),
+    ),
+    "rain": (
+        "rain-like noise", "rain", "synth 2.5 pinknoise highpass 400 lowpass 5000 tremolo 0.5 60 fade 0.2 2.5 0.4"
+    ),
+    "knocks": (
+        "five knocks on wood", "knocks",
+        "synth 0.12 brownnoise highpass 80 fade l 0.002 0.12 0.11 pad 0 0.28 repeat 4",
+    ),
+}  # fmt: skip
 
 
 def sox(*arguments: str | Path) -> None:
@@ -59,19 +72,20 @@ def main() -> None:
         made = Path(folder) / "made"
         made.mkdir()
 
-        def add(name: str, description: str, text: str | None, language: str | None) -> None:
+        def add(name: str, description: str, answer: str, text: str | None, language: str | None) -> None:
             file = f"{name}.flac"
             seconds = finish(raw, made / file)
-            entry = {"file": file, "seconds": seconds, "description": description, "text": text, "language": language}
-            clips.append(entry)
+            entry = {"file": file, "seconds": seconds, "description": description, "answer": answer}
+            clips.append({**entry, "text": text, "language": language})
             print(f"{file:22} {seconds:6.2f} s  {description}")
 
         for name, (voice, rate, language, description, text) in SPEECH.items():
             subprocess.run(["espeak-ng", "-v", voice, "-s", str(rate), "-w", raw, text], check=True)
-            add(name, description, text, language)
-        for name, (description, effects) in SOUNDS.items():
+            speaker = "a woman" if "+f" in voice else "a man"
+            add(name, description, f"{speaker} speaking {LANGUAGES[language]}", text, language)
+        for name, (description, answer, effects) in SOUNDS.items():
             sox("-n", "-r", "16000", "-b", "32", raw, *effects.split())
-            add(name, description, None, None)
+            add(name, description, answer, None, None)
         for old in CLIPS.glob("*.flac"):
             old.unlink()
         shutil.copytree(made, CLIPS, dirs_exist_ok=True)

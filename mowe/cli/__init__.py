@@ -64,7 +64,7 @@ app = typer.Typer(
 Files = Annotated[list[Path], typer.Argument(metavar="AUDIO", help="wav, flac, ogg or mp3 files", show_default=False)]
 Model = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="folder of a saved model; without it, the small untrained demo model"),
+    typer.Option(metavar="DIR", help="folder of a saved model; without it, the small trained demo model"),
 ]
 SkipBad = Annotated[
     bool, typer.Option("--skip-bad", help="go on without lines of manifests that cannot be used, and count them")

@@ -65,7 +65,7 @@ class LoadedModel:
     @property
     def trained(self) -> bool | None:
         """Whether the weights are trained; a folder does not tell."""
-        return False if self.folder is None else None
+        return True if self.folder is None else None
 
     @property
     def encoder_names(self) -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mowe.cli._inputs import Clip, LoadedModel
 
-# Past these a result is warned of. Our choice: random weights of the demo model stay well inside.
+# Past these a result is warned of. Our choice: the demo model stays well inside.
 MOST_ERROR = 0.25
 LEAST_COSINE = 0.97
 LEAST_AGREEMENT = 0.9

@@ -16,6 +16,7 @@ from mowe.audio import SAMPLING_RATE
 from mowe.cli._inputs import Clip, LoadedModel, model_name
 from mowe.cli._screen import printable
 
+_NAME = 20  # characters of a file's name that stay together
 _COLORS = ("cyan", "magenta", "green", "yellow", "blue", "red")
 
 
@@ -53,21 +54,22 @@ def route(loaded: LoadedModel, clips: Sequence[Clip]) -> list[WindowRoute]:
     return routes
 
 
-def routing_table(loaded: LoadedModel, routes: Sequence[WindowRoute], texts: Sequence[str] | None = None) -> Table:
+def routing_table(loaded: LoadedModel, routes: Sequence[WindowRoute], answers: Sequence[Text] | None = None) -> Table:
     """A row a window: the choice of each slot with its weight and, if given, the answer."""
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False)
-    table.add_column("clip", overflow="fold")
+    longest = max(len(window.label) for window in routes)
+    table.add_column("clip", overflow="fold", min_width=min(longest, _NAME))
     table.add_column("sec", justify="right", no_wrap=True)
     for heading in slot_names(loaded.model.config):
         table.add_column(heading, no_wrap=True)
-    if texts is not None:
+    if answers is not None:
         table.add_column("answer", overflow="fold")
     names = loaded.encoder_names
     for row, window in enumerate(routes):
         chosen = zip(window.encoders, window.weights, strict=True)
         cells = [_choice(names, encoder, weight) for encoder, weight in chosen]
-        text = [] if texts is None else [Text(printable(texts[row]), style="italic")]
-        table.add_row(Text(printable(window.label)), f"{window.seconds:.2f}", *cells, *text)
+        answer = [] if answers is None else [answers[row]]
+        table.add_row(Text(printable(window.label)), f"{window.seconds:.2f}", *cells, *answer)
     return table
 
 
@@ -75,13 +77,12 @@ def draw(loaded: LoadedModel, routes: Sequence[WindowRoute], path: Path) -> None
     """The picture of the routing."""
     from mowe.plots import Route, routing_picture
 
-    source = f"{model_name(loaded.folder)}{', untrained' if loaded.trained is False else ''}"
     routing_picture(
         path,
         [Route(printable(window.label), window.encoders, window.weights) for window in routes],
         loaded.encoder_names,
         loaded.model.config.num_independent_slots,
-        subtitle=f"{source}; the size of a bubble is the weight of the encoder",
+        subtitle=f"{model_name(loaded.folder)}; the size of a bubble is the weight of the encoder",
     )
 
 

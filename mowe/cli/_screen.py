@@ -89,11 +89,18 @@ class Counter:
 
 
 def model_heading(folder: Path | None) -> Text:
-    """Which model gave a result; the demo model's say that they mean nothing."""
+    """Which model gave a result; of the demo model also how right it is."""
     if folder is not None:
         return Text(printable(f"model {folder}"), style="bold")
-    warning = "its weights are untrained, so its choices and answers mean nothing"
-    return Text.assemble(("the demo model", "bold"), (f": {warning}", "yellow"))
+    from mowe.nano import nano_scores
+
+    scores = ", ".join(f"{task} {_percent(of)}" for task, of in nano_scores().items())
+    return Text.assemble(("the demo model", "bold"), f", trained on made clips; on those of its test split: {scores}")
+
+
+def _percent(score: dict[str, Any]) -> str:
+    kind = "wrong words" if score["metric"] == "wer" else "right"
+    return f"{100 * score['value']:.0f} % {kind}"
 
 
 def printable(text: str) -> str:

@@ -19,14 +19,14 @@ from mowe.demo import Comparison, compare
 from mowe.files import check_folder, make_folder
 
 PROMPT = "What do you hear?"
-_NEW_TOKENS = 12
+_NEW_TOKENS = 16
 _RUNS = 3
 _BAR = 16  # characters
 
 
 def run(out: Path, screen: Screen) -> None:
     check_folder(out, "--out")
-    clips = bundled_clips(screen)
+    clips, expected = bundled_clips(screen), bundled_answers()
     loaded = load_model(None, screen)
     with screen.step("routing"):
         routes = route(loaded, clips)
@@ -52,9 +52,12 @@ def run(out: Path, screen: Screen) -> None:
                     "encoders": window.encoders,
                     "weights": window.weights,
                     "text": text,
+                    "expected": answer,
+                    "right": text == answer,
                 }
-                for clip, window, text in zip(clips, routes, texts, strict=True)
+                for clip, window, text, answer in zip(clips, routes, texts, expected, strict=True)
             ],
+            "right": sum(text == answer for text, answer in zip(texts, expected, strict=True)),
             "seconds_packed": comparison.seconds_packed,
             "seconds_per_clip": comparison.seconds_per_clip,
             "speedup": comparison.speedup,
@@ -64,7 +67,7 @@ def run(out: Path, screen: Screen) -> None:
         _heading(loaded, clips),
         model_heading(None),
         Text(),
-        routing_table(loaded, routes, texts),
+        routing_table(loaded, routes, [_marked(*pair) for pair in zip(texts, expected, strict=True)]),
         Text(),
         _timing(comparison),
         Text(),
@@ -78,6 +81,19 @@ def bundled_clips(screen: Screen) -> list[Clip]:
         listed = json.loads((folder / "clips.json").read_text(encoding="utf-8"))
         clips = read_clips([folder / clip["file"] for clip in listed], screen)
     return [replace(clip, file=Path(clip.file).name) for clip in clips]
+
+
+def bundled_answers() -> list[str]:
+    """What is right to say about each of them."""
+    listed = (files("mowe") / "assets" / "clips" / "clips.json").read_text(encoding="utf-8")
+    return [clip["answer"] for clip in json.loads(listed)]
+
+
+def _marked(text: str, expected: str) -> Text:
+    """An answer with the mark it gets, and the right one where it is wrong."""
+    if text == expected:
+        return Text.assemble(("✓ ", "green"), (printable(text), "italic"))
+    return Text.assemble(("✗ ", "red"), (printable(text), "italic"), (f" (is: {expected})", "dim"))
 
 
 def _heading(loaded: LoadedModel, clips: list[Clip]) -> Text:

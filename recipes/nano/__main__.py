@@ -109,12 +109,20 @@ def _do(what: str, job: Callable[..., None], arguments: Sequence[tuple[Any, ...]
         raise typer.BadParameter("--device cuda: there is no GPU")
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1 if torch.cuda.is_available() else workers, context) as pool:
+    with ProcessPoolExecutor(1 if torch.cuda.is_available() else workers, context, _be_quiet) as pool:
         started = time.perf_counter()
         names = {pool.submit(job, *given): " ".join(map(str, given[1:])) for given in arguments}
         for done in track(as_completed(names), f"{what}s", len(names), console=_screen):
             done.result()
             _screen.print(f"{what} {names[done]}: done after {time.perf_counter() - started:.0f} s")
+
+
+def _be_quiet() -> None:
+    """What happens inside of a job is not shown: it would be many bars at once."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -36,9 +36,11 @@ def write_report(results: Path, out: Path) -> None:
     draw_routing(found[BEST], pictures / "routing.png")
     sections = {
         "comparison": comparison(found, "test"),
+        "missing": missing(found),
         "recordings": comparison(found, "recordings", ("asr", "voice", "language")),
         "parts": parts_table(parts),
         "time": time_spent(found, parts),
+        "minutes": f"{total_minutes(found, parts):.0f} minutes",
         "sizes": f"{sum(SIZES['train'].values()):,} clips for training, {sum(SIZES['test'].values())} for the test",
         "scores_picture": f"![Scores of every run]({pictures.name}/scores.png)",
         "routing_picture": f"![Who was chosen for each task]({pictures.name}/routing.png)",
@@ -47,6 +49,12 @@ def write_report(results: Path, out: Path) -> None:
     for name, section in sections.items():
         text = text.replace(f"{{{name}}}", section)
     out.write_text(text, encoding="utf-8")
+
+
+def missing(found: Results) -> str:
+    """Which of RUNS have no result."""
+    names = [name for name in RUNS if name not in found]
+    return f"Not run yet: {'; '.join(names)}." if names else "All runs that were planned are in the table."
 
 
 def read_results(folder: Path) -> Results:
@@ -114,6 +122,12 @@ def time_spent(found: Results, parts: Sequence[dict[str, Any]]) -> str:
         f"{pretraining / 60:.0f} minutes of one core for pre-training and {sum(runs) / 60:.0f} for the "
         f"{len(runs)} compared runs"
     )
+
+
+def total_minutes(found: Results, parts: Sequence[dict[str, Any]]) -> float:
+    """Of one core, for everything but the clips."""
+    runs = [result for results in found.values() for result in results]
+    return sum(entry.get("cpu_seconds", 0) for entry in (*parts, *runs)) / 60
 
 
 def draw_scores(found: Results, path: Path) -> None:

@@ -10,15 +10,19 @@ import torch
 from mowe import MoweForConditionalGeneration, MoweProcessor
 from mowe.data import read_manifest
 from mowe.evaluation import evaluate
+from mowe.training import read_config, train
 from recipes.nano.data import SIZES
+from recipes.nano.memo import RememberFrozen
 from recipes.nano.runs import NEW_TOKENS, SHIPPED, folder_name
 
-CARD = Path(__file__).with_name("card.md")
+CARD, CONFIG = (Path(__file__).with_name(name) for name in ("card.md", "shipped.yaml"))
 
 
 def ship(lab: Path, out: Path) -> None:
-    """Write the model of the run SHIPPED into `out`, in float16, with scores.json and README.md."""
-    trained = lab / "runs" / folder_name(*SHIPPED) / "model"
+    """Train on from the run SHIPPED, and write the model into `out`, in float16, with scores.json and README.md."""
+    trained = lab / "runs" / "shipped" / "model"
+    if not trained.exists():
+        train_on(lab)
     MoweForConditionalGeneration.from_pretrained(trained, dtype=torch.float16).save_pretrained(out)
     MoweProcessor.from_pretrained(trained).save_pretrained(out)
     model = MoweForConditionalGeneration.from_pretrained(out, dtype="float32").eval()
@@ -39,3 +43,16 @@ def ship(lab: Path, out: Path) -> None:
     for name, value in fields.items():
         text = text.replace(f"{{{name}}}", value)
     (out / "README.md").write_text(text, encoding="utf-8")
+
+
+def train_on(lab: Path) -> None:
+    """The second half of the shipped model's training."""
+    runs = lab / "runs"
+    before, start = runs / folder_name(*SHIPPED) / "model", runs / "shipped-start"
+    model = MoweForConditionalGeneration.from_pretrained(before, dtype="float32")
+    model.config.router_noise = 0.0
+    model.save_pretrained(start)
+    MoweProcessor.from_pretrained(before).save_pretrained(start)
+    fields = {"model": start, "output": runs / "shipped", "data.train.0.manifest": lab / "data" / "train.jsonl"}
+    config = read_config(CONFIG, [f"{field}={value}" for field, value in fields.items()])
+    train(config, resume=Path(config.output).exists(), callbacks=[RememberFrozen()])

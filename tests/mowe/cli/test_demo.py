@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from mowe.demo import Comparison, PerClipDispatch, compare, max_abs_diff
-from mowe.nano import nano_model
 from mowe.pool import EncoderPool
+from tests.mowe.babbler import babbler
 from tests.mowe.cli.conftest import Run
 
 CLIPS = json.loads((Path(__file__).parents[3] / "mowe" / "assets" / "clips" / "clips.json").read_text(encoding="utf-8"))
@@ -19,7 +19,7 @@ CLIPS = json.loads((Path(__file__).parents[3] / "mowe" / "assets" / "clips" / "c
 
 @pytest.fixture(scope="module")
 def pool() -> EncoderPool:
-    return nano_model()[0].model.mixture.pool
+    return babbler()[0].model.mixture.pool
 
 
 @pytest.fixture(scope="module")
@@ -35,17 +35,18 @@ def test_json(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert result.exit_code == 0 and result.stderr == ""
     said = json.loads(result.stdout)
     assert list(said) == [
-        "device", "clips", "seconds_packed", "seconds_per_clip", "speedup", "max_abs_diff", "trained"
+        "device", "clips", "right", "seconds_packed", "seconds_per_clip", "speedup", "max_abs_diff", "trained"
     ]  # fmt: skip
-    assert said["trained"] is False
+    assert said["trained"] is True
     assert [(clip["file"], clip["seconds"]) for clip in said["clips"]] == [(c["file"], c["seconds"]) for c in CLIPS]
     for clip in said["clips"]:
-        assert list(clip) == ["file", "seconds", "encoders", "weights", "text"]
+        assert list(clip) == ["file", "seconds", "encoders", "weights", "text", "expected", "right"]
         assert len(clip["encoders"]) == len(clip["weights"]) == 2
         assert all(0.25 <= weight <= 1 for weight in clip["weights"])
-        assert 0 < len(clip["text"]) <= 12 and clip["text"].isprintable()
-    assert {encoder for clip in said["clips"] for encoder in clip["encoders"]} == {0, 1, 2, 3}
-    assert len({clip["text"] for clip in said["clips"]}) == len(CLIPS)
+        assert clip["right"] is (clip["text"] == clip["expected"])
+    assert [clip["expected"] for clip in said["clips"]] == [clip["answer"] for clip in CLIPS]
+    assert said["right"] == sum(clip["right"] for clip in said["clips"]) > len(CLIPS) / 3
+    assert len({tuple(clip["encoders"]) for clip in said["clips"]}) > 1
     assert said["speedup"] == pytest.approx(said["seconds_per_clip"] / said["seconds_packed"])
     assert 0 < said["max_abs_diff"] < 1e-4
     assert (tmp_path / "mowe-demo" / "routing.png").read_bytes().startswith(b"\x89PNG")
@@ -57,7 +58,7 @@ def test_for_people(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     result = run("demo", "--out", tmp_path / "here" / "pictures")
     assert result.exit_code == 0 and result.stderr == ""
     assert all(clip["file"] in result.stdout for clip in CLIPS)
-    for told in ("untrained", "0.25 s", "2.00 s", "8.0 times", "3e-06", "padded to 30 s"):
+    for told in ("test split", "✓", "0.25 s", "2.00 s", "8.0 times", "3e-06", "padded to 30 s"):
         assert told in result.stdout
     assert str(tmp_path / "here" / "pictures" / "routing.png") in result.stdout
     assert (tmp_path / "here" / "pictures" / "routing.png").is_file()

@@ -13,6 +13,7 @@ import soundfile
 from mowe.data import read_manifest
 from mowe.evaluation import evaluate
 from mowe.nano import nano_model
+from tests.mowe.babbler import babbler
 from tests.mowe.cli.conftest import Run
 
 FEW = ("--max-new-tokens", 4)
@@ -45,25 +46,33 @@ def refused(run: Run, *arguments: object) -> str:
     return result.stderr
 
 
-def test_for_scripts(run: Run, folder: Path) -> None:
-    good = folder / "good.jsonl"
-    result = run("evaluate", good, *FEW, "--json")
+def test_cut_answers_are_told(run: Run, folder: Path) -> None:
+    model, processor = babbler()
+    model.save_pretrained(folder / "babbler")
+    processor.save_pretrained(folder / "babbler")
+    result = run("evaluate", folder / "good.jsonl", *FEW, "--model", folder / "babbler", "--json")
     assert result.exit_code == 0
     assert result.stderr == "note: 3 answers were cut at 4 tokens (--max-new-tokens)\n"
+
+
+def test_for_scripts(run: Run, folder: Path) -> None:
+    good = folder / "good.jsonl"
+    result = run("evaluate", good, "--max-new-tokens", 24, "--json")
+    assert result.exit_code == 0 and result.stderr == ""
     said = json.loads(result.stdout)
     assert said.keys() == {
         "device", "model", "trained", "load_in_4bit", "manifests", "skipped", "tasks", "overall", "unfinished"
     }  # fmt: skip
-    report = evaluate(*nano_model(), read_manifest(good), max_new_tokens=4)
+    report = evaluate(*nano_model(), read_manifest(good), max_new_tokens=24)
     assert {name: said[name] for name in ("tasks", "overall", "unfinished")} == report.as_data()
-    assert (said["manifests"], said["skipped"], said["trained"]) == ([str(good)], 0, False)
+    assert (said["manifests"], said["skipped"], said["trained"]) == ([str(good)], 0, True)
     assert {name: task["metric"] for name, task in said["tasks"].items()} == {"asr": "wer", "mood": "accuracy"}
 
 
 def test_for_people(run: Run, folder: Path) -> None:
     result = run("evaluate", folder / "good.jsonl", *FEW, "--metric", "asr=cer/none")
     assert result.exit_code == 0
-    assert "untrained" in result.stdout
+    assert "the demo model" in result.stdout
     for word in ("asr", "mood", "all tasks", "CER", "accuracy", "macro-F1", "exact match", "score"):
         assert word in result.stdout, word
 

@@ -16,7 +16,7 @@ from mowe.data import Example
 from mowe.errors import AudioError, ConfigError
 from mowe.evaluation import Rule, evaluate
 from mowe.evaluation.generation import FRAME_SAMPLES, Piece, answers, batches
-from mowe.nano import nano_model
+from tests.mowe.babbler import babbler
 
 SECONDS = {"a": 0.5, "b": 2.2, "c": 1.1, "d": 0.7, "e": 31.3}
 RULES = {"asr": Rule("wer"), "mood": Rule("accuracy")}
@@ -24,7 +24,7 @@ RULES = {"asr": Rule("wer"), "mood": Rule("accuracy")}
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return nano_model()
+    return babbler()
 
 
 @pytest.fixture(scope="module")
