@@ -45,7 +45,7 @@ def test_json(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert all(0.25 <= weight <= 1 for weight in clip["weights"])
         assert clip["right"] is (clip["text"] == clip["expected"])
     assert [clip["expected"] for clip in said["clips"]] == [clip["answer"] for clip in CLIPS]
-    assert said["right"] == sum(clip["right"] for clip in said["clips"]) > len(CLIPS) / 3
+    assert said["right"] == sum(clip["right"] for clip in said["clips"]) > len(CLIPS) / 2
     assert len({tuple(clip["encoders"]) for clip in said["clips"]}) > 1
     assert said["speedup"] == pytest.approx(said["seconds_per_clip"] / said["seconds_packed"])
     assert 0 < said["max_abs_diff"] < 1e-4
