@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,6 +26,7 @@ def ship(lab: Path, out: Path) -> None:
         train_on(lab)
     MoweForConditionalGeneration.from_pretrained(trained, dtype=torch.float16).save_pretrained(out)
     MoweProcessor.from_pretrained(trained).save_pretrained(out)
+    _forget_folders(out / "config.json")
     model = MoweForConditionalGeneration.from_pretrained(out, dtype="float32").eval()
     manifest = read_manifest(lab / "data" / "test.jsonl")
     report = evaluate(model, MoweProcessor.from_pretrained(out), manifest, max_new_tokens=NEW_TOKENS)
@@ -43,6 +45,18 @@ def ship(lab: Path, out: Path) -> None:
     for name, value in fields.items():
         text = text.replace(f"{{{name}}}", value)
     (out / "README.md").write_text(text, encoding="utf-8")
+
+
+def _forget_folders(config: Path) -> None:
+    """transformers notes where each part was loaded from."""
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: kept(item) for key, item in value.items() if key not in ("_name_or_path", "name_or_path")}
+        return [kept(item) for item in value] if isinstance(value, list) else value
+
+    settings = kept(json.loads(config.read_text(encoding="utf-8")))
+    config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def train_on(lab: Path) -> None:
