@@ -48,4 +48,4 @@ def test_generate(run: Run, package: str) -> None:
     assert result.exit_code == 0
     clips = json.loads(result.stdout)["clips"]
     assert [clip["file"] for clip in clips] == [str(file) for file in files]
-    assert all(0 < len(clip["text"]) <= 6 for clip in clips)
+    assert all(0 < len(clip["text"].split()) <= 6 for clip in clips)
