@@ -19,9 +19,6 @@ from mowe_kernels import csrc, nf4_dequantize_grouped, nf4_quantize
 SHAPES = [(2, 384, 384), (2, 2048, 512), (1, 5120, 1280), (1, 5120, 5120)]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROUNDS = 21
-# Here both write what just fits the last cache into memory that they have used before: near a tie at the memory's
-# bandwidth, which a busy machine tips to either side.
-TIES = [(1, 5120, 1280)]
 
 
 @pytest.fixture(scope="module")
@@ -58,4 +55,4 @@ def test_dequantizes_faster_than_bitsandbytes(benchmark, roofs, shape, dtype, do
     speedup = statistics.median(other / own for other, own in zip(seconds, mine, strict=True))
     floor = (quantized.nbytes() + weight.nbytes) / roofs.bandwidth
     benchmark.extra_info |= {"bitsandbytes": statistics.median(seconds), "speedup": speedup, "floor": floor}
-    assert speedup > (0.85 if shape in TIES else 1)
+    assert speedup > 1
