@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import track
+
+from recipes.nano.jobs import do
 
 app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
 
@@ -45,7 +44,7 @@ def pretrain(lab: Lab = LAB, only: Only = None, workers: Workers = CORES, device
     """Pre-train the base encoders, the pools and the language model."""
     from recipes.nano.parts import PARTS, make_part
 
-    _do("part", make_part, [(lab, name) for name in _chosen(PARTS, only)], workers, device)
+    do("part", make_part, [(lab, name) for name in _chosen(PARTS, only)], workers, device)
 
 
 @app.command()
@@ -54,7 +53,7 @@ def runs(lab: Lab = LAB, only: Only = None, workers: Workers = CORES, device: De
     from recipes.nano.runs import jobs, run
 
     chosen = _chosen([name for name, _ in jobs()], only)
-    _do("run", run, [(lab, name, seed) for name, seed in jobs() if name in chosen], workers, device)
+    do("run", run, [(lab, name, seed) for name, seed in jobs() if name in chosen], workers, device)
 
 
 @app.command()
@@ -95,34 +94,6 @@ def _chosen(names: Iterable[str], only: list[str] | None) -> list[str]:
     if unknown:
         raise typer.BadParameter(f"--only: no {', '.join(unknown)}; there are {', '.join(dict.fromkeys(names))}")
     return only or list(names)
-
-
-def _do(what: str, job: Callable[..., None], arguments: Sequence[tuple[Any, ...]], workers: int, device: str) -> None:
-    """Do jobs, several at once on the CPU, one after the other on a GPU."""
-    if device not in ("auto", "cpu", "cuda"):
-        raise typer.BadParameter(f"--device must be auto, cpu or cuda, got {device}")
-    if device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    import torch
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("--device cuda: there is no GPU")
-    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1 if torch.cuda.is_available() else workers, context, _be_quiet) as pool:
-        started = time.perf_counter()
-        names = {pool.submit(job, *given): " ".join(map(str, given[1:])) for given in arguments}
-        for done in track(as_completed(names), f"{what}s", len(names), console=_screen):
-            done.result()
-            _screen.print(f"{what} {names[done]}: done after {time.perf_counter() - started:.0f} s")
-
-
-def _be_quiet() -> None:
-    """What happens inside of a job is not shown: it would be many bars at once."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 if __name__ == "__main__":
