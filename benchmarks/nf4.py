@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from functools import partial
+from importlib.util import find_spec
 
-from bitsandbytes.functional import has_avx512bf16
-from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 
 import mowe
@@ -30,6 +29,18 @@ def nf4_loop(workload: Workload, in_bf16: bool = False) -> Run:
     return loop(workload, encoders, [lambda x, e=e: e(x).last_hidden_state for e in encoders])
 
 
+def _needs_bitsandbytes() -> str | None:
+    return None if find_spec("bitsandbytes") else "needs bitsandbytes, which is not installed"
+
+
+def _needs_products_in_bf16() -> str | None:
+    if reason := _needs_bitsandbytes():
+        return reason
+    from bitsandbytes.functional import has_avx512bf16
+
+    return None if has_avx512bf16() else "bitsandbytes has such products where the CPU has AVX512-BF16"
+
+
 NF4 = {
     "packed_nf4": Provider(
         packed_nf4, None, "one packed pass, weights in NF4, from waveforms", "packed_nf4", dtype="nf4"
@@ -39,6 +50,7 @@ NF4 = {
         "window",
         "transformers with bitsandbytes' Linear4bit, one batch an encoder, features given",
         "packed_nf4",
+        missing=_needs_bitsandbytes,
         dtype="nf4",
     ),
     "nf4_loop_bf16": Provider(
@@ -46,7 +58,7 @@ NF4 = {
         "window",
         "the same layers with bitsandbytes' products in bfloat16, features given",
         "packed_nf4",
-        missing=lambda: None if has_avx512bf16() else "bitsandbytes has such products where the CPU has AVX512-BF16",
+        missing=_needs_products_in_bf16,
         dtype="nf4",
         tolerance=1e-2,
     ),
@@ -55,6 +67,8 @@ NF4 = {
 
 def _in_4_bits(encoder: nn.Module, in_bf16: bool) -> nn.Module:
     """The encoder with bitsandbytes' layers in the place of nn.Linear, which is all that the library quantises."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
     for name, linear in list(encoder.named_modules()):
         if isinstance(linear, nn.Linear):
             how = {"compress_statistics": False, "quant_type": "nf4"}

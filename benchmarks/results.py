@@ -8,6 +8,7 @@ import platform
 import subprocess
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from benchmarks.measure import ROOT
 
 SCHEMA = 3
-_PACKAGES = ("torch", "transformers", "bitsandbytes", "numpy")
+_PACKAGES = ("torch", "triton", "transformers", "bitsandbytes", "numpy")
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def machine(threads: int, gpu: bool) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": threads,
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in _PACKAGES},
+        "versions": {name: version(name) for name in _PACKAGES if find_spec(name)},
         "blas": torch.__config__.show().partition("BLAS_INFO=")[2].partition(",")[0],
         "commit": _git("rev-parse", "HEAD"),
         "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
