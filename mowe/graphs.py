@@ -139,13 +139,12 @@ def _key(family: EncoderFamily) -> Key:
 
 def _capture(run: Callable[[], MixtureOutput], device: torch.device) -> Callable[[], MixtureOutput]:
     """What repeats the launches of `run`, and gives its result, always in the same tensors."""
-    stream = torch.cuda.Stream(device)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):  # compiles the kernels, which cannot be done while a graph is made
         run()
     torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream):  # else one of the current device
         out = run()
 
     def replay() -> MixtureOutput:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from mowe import EncoderPool, MixtureOfWeakEncoders, MoweConfig
+from mowe.audio import AudioBatch
 from mowe_kernels import use_backend
 from tests.mowe.encoders import clip, hubert, relative_error, whisper
 from tests.mowe_kernels.triton.accuracy import DEVICE
@@ -94,6 +95,11 @@ def test_two_runs_are_bitwise_equal(dtype):
     mixture = made(dtype)
     first, second = results(mixture, dtype), results(mixture, dtype)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_clips_of_the_device_laid_out_on_the_host_are_all_there():
+    waves = [clip(samples, seed) for seed, samples in enumerate((9_001, 1_600_000))]
+    assert torch.equal(AudioBatch.from_waveforms([w.to(DEVICE) for w in waves], "cpu").samples, torch.cat(waves))
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ def again(monkeypatch) -> None:
         lambda: mixture.test_error_is_at_most_twice_that_of_plain_torch(torch.float32),
         mixture.test_forward_and_backward_never_wait_for_the_device,
         lambda: mixture.test_two_runs_are_bitwise_equal(torch.float32),
+        mixture.test_clips_of_the_device_laid_out_on_the_host_are_all_there,
         mixture.test_a_clip_does_not_depend_on_its_batch,
         lambda: mixture.test_a_cuda_graph_under_other_lengths_and_another_routing(torch.float32),
     ],
