@@ -8,34 +8,52 @@ them the launch settings that were fastest, and the fastest attention. Ends with
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mowe_kernels import tables, use_backend
-from mowe_kernels.tables import DeviceTable
+from mowe_kernels.tables import AttentionChoice, DeviceTable
 from mowe_kernels.tune.accuracy import errors, poisoned
 from mowe_kernels.tune.cases import Case, Size, cases
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SIZE = Size()
+TRYING = 0.6  # of the time, at most, for whether the kernels are right and for compiling the candidates
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mowe_kernels.tune", description=__doc__)
     parser.add_argument("--output", type=Path, help=f"folder for the table (default: {tables.user_folder()})")
     parser.add_argument("--minutes", type=float, default=5.0, help="when to stop looking for settings (default: 5)")
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # the op a process of `apart` tries
     asked = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("no CUDA device: there is nothing to try the kernels on")
-    from mowe_kernels.tune.search import device_timer  # imports Triton
+    from mowe_kernels.tune import search  # imports Triton
 
-    table, wrong = measure(torch.device("cuda", torch.cuda.current_device()), device_timer, asked.minutes)
-    print(f"written to {table.write(asked.output or tables.user_folder())}")
+    device = torch.device("cuda", torch.cuda.current_device())
+    if asked.only:
+        said = list(wrong_results(cases(SIZE, device)[asked.only], DTYPES))
+        print(json.dumps(said), flush=True)
+        if not said:
+            search.compile_candidates([asked.only], device)
+        return 0
+    folder, written = asked.output or tables.user_folder(), []
+    _, wrong = measure(
+        device,
+        search.device_timer,
+        asked.minutes,
+        check=lambda ops: apart(ops, 60 * TRYING * asked.minutes),
+        keep=lambda table: written.append(table.write(folder)),
+    )
+    print(f"written to {written[-1]}")
     return int(wrong)
 
 
@@ -46,35 +64,74 @@ def measure(
     size: Size = SIZE,
     rows: int | None = None,
     dtypes: tuple[torch.dtype, ...] = DTYPES,
+    check: Callable[[Sequence[str]], dict[str, list[str]]] | None = None,
+    keep: Callable[[DeviceTable], Any] = lambda table: None,
 ) -> tuple[DeviceTable, bool]:
-    """The table of a device, and whether a kernel was wrong; progress is printed. rows: of the tensors to time on."""
+    """The table of a device, and whether a kernel was wrong; progress is printed. rows: of the tensors to time on.
+
+    check: says what is wrong with the kernels of these ops; here, one after the other, without. keep: is given the
+    table as often as something is added to it, so that what was found is not lost with what comes after.
+    """
     from mowe_kernels.tune import search
 
     deadline = time.monotonic() + 60 * minutes
-    right, wrong = [], False
-    for op, its_cases in cases(size, device).items():
-        said = list(wrong_results(its_cases, dtypes))
+    tried = cases(size, device)
+    found = check(list(tried)) if check else {op: list(wrong_results(each, dtypes)) for op, each in tried.items()}
+    for op, said in found.items():
         print(f"{op}: {'; '.join(said) or 'right'}", flush=True)
-        wrong |= bool(said)
-        if not said:
-            right.append(op)
-    settings, choices = {}, []
-    for tuning in search.tunings(right, device, rows or search.ROWS):
-        if time.monotonic() > deadline:
-            print("time is up: the settings not tried yet stay as they are")
-            break
-        name = f"{tuning.name}, {tuning.key}"
-        chosen, fastest, plain = search.best(tuning, timer)
-        said = "stays as it is" if chosen is search.UNCHANGED else f"{fastest:.3f} ms with {chosen}"
-        print(f"{name}: {plain:.3f} ms, {said}", flush=True)
-        if chosen is not search.UNCHANGED:
-            settings[name] = chosen
-    if "varlen_attention" in right and time.monotonic() <= deadline:
-        for choice in search.attention_choices(device, timer, rows or search.ROWS):
-            print(choice, flush=True)
-            choices.append(choice)
-    name = torch.cuda.get_device_name(device)
-    return DeviceTable(name, tuple(right), settings, tuple(choices), versions()), wrong
+    right = tuple(op for op, said in found.items() if not said)
+    wrong = len(right) < len(found)
+    settings: dict[str, Any] = {}
+    choices: list[AttentionChoice] = []
+
+    def kept() -> DeviceTable:
+        table = DeviceTable(torch.cuda.get_device_name(device), right, dict(settings), tuple(choices), versions())
+        keep(table)
+        return table
+
+    table = kept()
+    try:
+        for tuning in search.tunings(right, device, rows or search.ROWS):
+            if time.monotonic() > deadline:
+                print("time is up: the settings not tried yet stay as they are")
+                break
+            name = f"{tuning.name}, {tuning.key}"
+            chosen, fastest, plain = search.best(tuning, timer, deadline)
+            said = "stays as it is" if chosen is search.UNCHANGED else f"{fastest:.3f} ms with {chosen}"
+            print(f"{name}: {plain:.3f} ms, {said}", flush=True)
+            if chosen is not search.UNCHANGED:
+                settings[name] = chosen
+                table = kept()
+        if "varlen_attention" in right and time.monotonic() <= deadline:
+            for choice in search.attention_choices(device, timer, rows or search.ROWS):
+                print(choice, flush=True)
+                choices.append(choice)
+            table = kept()
+    except Exception as error:  # after an access out of bounds nothing in this process reaches the device any more
+        print(f"the search for settings broke off: {_shortly(error)}", flush=True)
+        wrong = True
+    return table, wrong
+
+
+def apart(ops: Sequence[str], seconds: float) -> dict[str, list[str]]:
+    """What is wrong with the kernels of each op, tried side by side in processes of their own.
+
+    A kernel that breaks its process, or never ends, takes no other with it. Who has not answered when the time is over
+    is wrong.
+    """
+    deadline = time.monotonic() + seconds
+    command = [sys.executable, "-m", "mowe_kernels.tune", "--only"]
+    running = {op: subprocess.Popen([*command, op], stdout=subprocess.PIPE, text=True) for op in ops}
+    found = {}
+    for op, process in running.items():
+        try:
+            answer, _ = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            answer, _ = process.communicate()
+        said = next((line for line in answer.split("\n") if line.startswith("[")), None)
+        found[op] = [f"no answer, exit code {process.returncode}"] if said is None else json.loads(said)
+    return found
 
 
 def wrong_results(its_cases: list[Case], dtypes: tuple[torch.dtype, ...]) -> Iterator[str]:
@@ -94,7 +151,11 @@ def wrong_results(its_cases: list[Case], dtypes: tuple[torch.dtype, ...]) -> Ite
                     if not all(map(torch.equal, got, expected)):
                         yield "integers that differ from plain torch's"
         except Exception as error:  # a kernel may fail in any way: it is then not in the table
-            yield f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            yield _shortly(error)
+
+
+def _shortly(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def versions() -> dict[str, str]:

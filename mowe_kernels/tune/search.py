@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -37,20 +39,33 @@ def tunings(ops: Sequence[str], device: torch.device, rows: int = ROWS) -> Itera
             yield from module.tunings(device, rows)
 
 
-def best(tuning: Tuning, timer: Timer) -> tuple[Any, float, float]:
-    """The setting that is worth a place in the table or UNCHANGED; its time, and that without a table."""
+def compile_candidates(ops: Sequence[str], device: torch.device) -> None:
+    """Call every candidate of these ops once: what Triton compiles for one process, others find in its cache."""
+    for tuning in tunings(ops, device):
+        for candidate in tuning.candidates:
+            with override(**{tuning.name: candidate}), suppress(Exception):  # `best` leaves those out that fail
+                tuning.call()
+
+
+def best(tuning: Tuning, timer: Timer, deadline: float = float("inf")) -> tuple[Any, float, float]:
+    """The setting that is worth a place in the table or UNCHANGED; its time, and that without a table.
+
+    deadline: on the clock `time.monotonic`, when to stop with what was found.
+    """
     expected = tuning.call()
     plain = fastest = timer(tuning.call)
     chosen: Any = UNCHANGED
     for candidate in tuning.candidates:
+        if time.monotonic() > deadline:
+            break
         with override(**{tuning.name: candidate}):
             try:
                 right = agree(tuning.call(), expected)
-                time = timer(tuning.call) if right else float("inf")
+                took = timer(tuning.call) if right else float("inf")
             except Exception:  # more shared memory or registers than there are; whatever it is, it is not for the table
                 continue
-        if time < min(fastest, (1 - GAIN) * plain):
-            chosen, fastest = candidate, time
+        if took < min(fastest, (1 - GAIN) * plain):
+            chosen, fastest = candidate, took
     return chosen, fastest, plain
 
 
@@ -95,9 +110,9 @@ def _attention_choice(
         for name, module in able.items():
             try:
                 right = agree(call(module), expected)
-                time = timer(lambda call=call, module=module: call(module)) if right else float("inf")
+                took = timer(lambda call=call, module=module: call(module)) if right else float("inf")
             except Exception:  # not built for this device, say
                 continue
-            if time < fastest:
-                found[direction], fastest = name, time
+            if took < fastest:
+                found[direction], fastest = name, took
     return AttentionChoice(head_dim, longest, equal, **found)

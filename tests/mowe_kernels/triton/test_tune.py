@@ -137,12 +137,55 @@ def test_a_whole_table(monkeypatch, capsys):
         call()
         return 1.0 if setting("attention_forward", None) == small else 2.0
 
-    table, wrong = tune.measure(CPU, timer, 10.0, TINY, 8, (torch.float32,))
+    kept = []
+    table, wrong = tune.measure(CPU, timer, 10.0, TINY, 8, (torch.float32,), keep=kept.append)
+    assert kept[0].ops == table.ops and not kept[0].settings and kept[-1] == table
     assert not wrong and "sequence_mean: right" in capsys.readouterr().out
     assert table.ops == ("sequence_mean", "varlen_attention", "pack_plan")
     assert dict(table.settings) == {"attention_forward, 16 bits, heads of 64": small}
     assert {choice.forward for choice in table.attention} == {"kernel"}  # nobody is faster
     assert [(choice.longest, choice.equal_lengths) for choice in table.attention] == [(4, False), (4, True)]
+
+
+@pytest.fixture
+def two_ops(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    some = {name: cases(TINY, CPU)[name] for name in ("sequence_mean", "pack_plan")}
+    monkeypatch.setattr(tune, "cases", lambda size, device: some)
+
+
+def test_what_was_found_stays_where_the_search_breaks_off(monkeypatch, two_ops, capsys):
+    def tunings(*args):
+        raise RuntimeError("illegal memory access")
+
+    monkeypatch.setattr(search, "tunings", tunings)
+    kept = []
+    table, wrong = tune.measure(CPU, None, 10.0, TINY, 8, (torch.float32,), keep=kept.append)
+    assert wrong and "broke off: RuntimeError: illegal memory access" in capsys.readouterr().out
+    assert kept == [table] and table.ops == ("sequence_mean", "pack_plan")
+
+
+ANSWERS = {
+    "right": "import time; print('[]', flush=True); time.sleep(60)",  # it goes on compiling
+    "wrong": "print('a warning'); print('[\"error nan\"]')",
+    "broken": "import os; os._exit(7)",
+    "endless": "import time; time.sleep(60)",
+}
+
+
+def test_a_kernel_that_breaks_its_process_takes_no_other_with_it(monkeypatch):
+    start = tune.subprocess.Popen
+    monkeypatch.setattr(
+        tune.subprocess, "Popen", lambda command, **how: start([command[0], "-c", ANSWERS[command[-1]]], **how)
+    )
+    found = tune.apart(list(ANSWERS), 2.0)
+    assert found["right"] == [] and found["wrong"] == ["error nan"]
+    assert found["broken"] == ["no answer, exit code 7"] and found["endless"][0].startswith("no answer")
+
+
+def test_the_search_stops_in_time():
+    tuning = Tuning("thing", "key", (2, 3), lambda: torch.full((3,), 1.0))
+    assert search.best(tuning, lambda call: 10 / setting("thing", 1), deadline=0.0) == (search.UNCHANGED, 10, 10)
 
 
 def test_without_a_gpu(capsys):
