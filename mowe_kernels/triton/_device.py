@@ -26,7 +26,7 @@ def normal_tail(a):
 def gelu(x, NARROW: tl.constexpr = False):
     """x * Phi(x), Phi being the normal distribution function, float32. NARROW: for a result kept in 16 bits."""
     if NARROW:
-        a = tl.minimum(tl.abs(x), 6.0)
+        a = tl.minimum(tl.abs(x), 6.0, propagate_nan=tl.PropagateNan.ALL)  # a GPU's plain minimum of NaN and 6 is 6
         y = tl.maximum(x, 0.0) - a * normal_tail(a)
     else:
         y = 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
 import pytest
 import torch
 import triton
 import triton.language as tl
 
+from mowe_kernels.compile_report import _without_interpreter
+from mowe_kernels.triton._compilation import Compilation, compile_for
 from mowe_kernels.triton._device import find_tile, gelu, gelu_grad, normal_tail
 from tests.mowe_kernels.checks import offsets
 from tests.mowe_kernels.triton.accuracy import DEVICE
@@ -53,6 +58,28 @@ def test_gelu_and_its_slope(narrow, allowed):
     exact_y.sum().backward()
     torch.testing.assert_close(y.double(), exact_y.detach(), atol=allowed, rtol=1e-7)
     torch.testing.assert_close(slope.double(), exact.grad, atol=allowed, rtol=0)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_what_is_not_a_number_stays_so(narrow):
+    x = torch.tensor([torch.nan, torch.inf, -torch.inf], device=DEVICE)
+    y, slope = torch.empty_like(x), torch.empty_like(x)
+    gelu_kernel[(1,)](x, y, slope, x.numel(), NARROW=narrow, BLOCK=4)
+    assert y[0].isnan() and y[1] == torch.inf and slope[0].isnan()
+
+
+def test_the_minimum_that_keeps_it_is_an_instruction_of_its_own():
+    """The interpreter's only minimum is that one, a GPU's plain one gives the number."""
+    fresh = {"mp_context": multiprocessing.get_context("spawn"), "initializer": _without_interpreter}
+    with ProcessPoolExecutor(1, **fresh) as pool:
+        assert "min.NaN.f32" in pool.submit(_narrow_gelu).result()
+
+
+def _narrow_gelu() -> str:
+    """What the kernel is compiled to."""
+    pointers = dict.fromkeys(("p_x", "p_y", "p_slope"), "*fp32")
+    constants = {"NARROW": True, "BLOCK": 128}
+    return compile_for(Compilation("", gelu_kernel, pointers | {"N": "i32"}, constants, 4, 1, False), 90).asm["ptx"]
 
 
 @pytest.mark.parametrize("sizes", [(7, 0, 13, 3), (0, 0, 8), (1,), (16, 16), (0, 0), (5, 0, 0, 0)])
