@@ -140,8 +140,10 @@ def empty_plan(batch: int, slots: int, levels: int, rank: Tensor) -> tuple[Tenso
 
 def plan_settings(slots: int, encoders: int, levels: int, device: torch.device) -> dict[str, int]:
     """The constants of a launch of `pack_pairs`: nothing in them depends on the batch."""
-    block = setting("pack_block", 2048)  # cells (clip, encoder), and (level, pair)
     block_e, block_l = next_power_of_2(encoders), min(16, next_power_of_2(levels))
+    # ptxas gives these two kernels few registers: so many cells to a warp that it spills none.
+    cells, warps = (4096, 8) if block_e > 32 else (2048, 8) if hardware(device).capability >= 100 else (1024, 4)
+    block = setting("pack_block", cells)  # cells (clip, encoder), and (level, pair)
     return {
         "SLOTS": slots,
         "ENCODERS": encoders,
@@ -150,8 +152,7 @@ def plan_settings(slots: int, encoders: int, levels: int, device: torch.device) 
         "BLOCK_E": block_e,
         "BLOCK_L": block_l,
         "BLOCK_P": min(256, max(1, block // block_l)),
-        # With few encoders, ptxas gives eight warps so few registers on these two that some spill.
-        "num_warps": 4 if block_e <= 32 and hardware(device).capability in (86, 89) else 8,
+        "num_warps": warps,
         "num_stages": 1,  # a load moved ahead of the barrier it waits for would read what is not there yet
     }
 
