@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,7 @@ from benchmarks import rivals
 from benchmarks.compare import changes
 from benchmarks.floors import Roofs
 from benchmarks.measure import ROOT
+from benchmarks.ops import NUM_OPS
 from benchmarks.page import page as make_page
 from benchmarks.page import readme
 from benchmarks.pictures import draw
@@ -56,24 +58,41 @@ def run(
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"suite {suite} needs a CUDA GPU; there is none here")
         roofs = Roofs.measure(device, dtype)
-        results = []
-        for i, comparison in enumerate(comparisons, 1):
-            title = f"{i}/{len(comparisons)} {comparison.workload} {comparison.mode}"
-            console.print(f"{title}: outputs compared ...")
-            results += compare_providers(comparison, rounds, threads, roofs, _progress(title))
         more = {"roofs": {"flops": roofs.flops, "bandwidth": roofs.bandwidth}, "missing": missing(comparisons)}
+        steps = {
+            f"{i}/{len(comparisons)} {c.workload} {c.mode}": partial(compare_providers, c, rounds, threads, roofs)
+            for i, c in enumerate(comparisons, 1)
+        }
         if whole and suite != "sweeps":
-            rows = Workload.named(comparisons[0].workload, device, dtype)
-            results += compare_ops(rows, rounds, threads, roofs, _progress("single ops"))
             more["missing"] |= rivals.missing(device)
+            single = partial(
+                compare_ops, Workload.named(comparisons[0].workload, device, dtype), rounds, threads, roofs
+            )
+            if device == "cuda":  # quick and telling: first, each on its own
+                steps = {f"op {i + 1}/{NUM_OPS}": partial(single, only=i) for i in range(NUM_OPS)} | steps
+            else:
+                steps["single ops"] = single
+        command = " ".join(["python -m benchmarks", *sys.argv[1:]])
+        output = output or RESULTS.with_name("gpu" if device == "cuda" else "cpu") / f"{suite}.json"
+        keep = partial(save, output, command, threads, gpu=device == "cuda", **more)
+        results, failed = [], {}
+        for title, step in steps.items():
+            console.print(f"{title}: outputs compared ...")
+            try:
+                results += step(track=_progress(title))
+            except Exception as error:
+                if device != "cuda":
+                    raise
+                failed[title] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                console.print(f"{title}: {failed[title]}", markup=False)
+            if device == "cuda":  # which is lent for minutes: what is there counts, whatever comes after
+                keep(results, failed=failed)
         console.print("peak memory ...")
-        results = remember(comparisons, results, threads)
+        keep(remember(comparisons, results, threads), **({"failed": failed} if failed else {}))
     except ValueError as error:
         _stop(str(error))
-    command = " ".join(["python -m benchmarks", *sys.argv[1:]])
-    output = output or RESULTS.with_name("gpu" if device == "cuda" else "cpu") / f"{suite}.json"
-    save(output, command, threads, results, device == "cuda", **more)
     console.print(*rich_tables(load(output)), f"written to {output}", sep="\n")
+    raise typer.Exit(bool(failed))
 
 
 @app.command()

@@ -10,31 +10,52 @@ from benchmarks import gpu_check
 from mowe_kernels import tables
 from mowe_kernels.tables import DeviceTable
 
+COLLECTED = """tests/gpu/a.py::test_y[plain-(1, 1)]
+tests/gpu/a.py::test_y[nested-(1, 1)]
+tests/gpu/a.py::test_z[torch.float16]
+
+3 tests collected in 1.00s
+"""
+
 
 @pytest.mark.parametrize("failing", [None, "mowe_kernels.tune", "pytest", "benchmarks"])
-def test_steps_and_summary(monkeypatch, tmp_path, failing):
+def test_steps_and_summary(monkeypatch, tmp_path, capsys, failing):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
-    monkeypatch.setattr(gpu_check, "load", lambda path: {"results": []})
+    monkeypatch.setattr(gpu_check, "load", lambda path: {"results": [], "failed": {"op 1/5": "it differs"}})
     monkeypatch.setattr(gpu_check, "conditions", lambda report: "conditions")
     monkeypatch.setattr(gpu_check, "markdown", lambda results: "results")
-    minutes = []
+    minutes, tested = [], []
 
     def run(module, log, limit):
-        minutes.append(limit)
-        log.write_text(f"{module[0]} ran\nits last line\n")
+        code = int(module[0] == failing)
+        if "--collect-only" in module:
+            log.write_text(COLLECTED)
+            return 0
+        if module[0] == "pytest":
+            tested.append(module[-1])
+        else:
+            minutes.append(limit)
+        log.write_text(f"FAILED {module[0]}\n" * code + "its last line\n")
         if module[0] == "mowe_kernels.tune":
             DeviceTable("Some GPU", ("route_topk",)).write(tables.user_folder())
-        return int(module[0] == failing)
+        if module[0] == "benchmarks" and not code:
+            (tmp_path / "out" / "gpu.json").touch()
+        return code
 
     monkeypatch.setattr(gpu_check, "_run", run)
     with pytest.raises(typer.Exit) as stopped:
         gpu_check.main(tmp_path / "out")
     assert stopped.value.exit_code == int(failing is not None)
-    assert minutes[0] + minutes[1] < 6 and minutes[2] < 9
+    assert minutes[0] + gpu_check._MINUTES_OF_TESTS < 6 and minutes[1] < 9
+    assert sorted(tested) == ["tests/gpu/a.py::test_y", "tests/gpu/a.py::test_z[torch.float16]"]
     summary = (tmp_path / "out" / "summary.md").read_text()
+    assert summary in capsys.readouterr().out
     assert "# Some GPU" in summary and ("results" in summary) == (failing != "benchmarks")
+    assert ("- not measured: op 1/5: it differs" in summary) == (failing != "benchmarks")
+    assert f"Tests: {0 if failing == 'pytest' else 2} of 2 passed" in summary
+    assert summary.count("- FAILED with exit code 1: ") == 2 * (failing == "pytest")
     assert tables.read(tmp_path / "out" / "some-gpu.json").ops == ("route_topk",)
 
 
