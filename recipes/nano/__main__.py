@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
@@ -82,10 +83,16 @@ def smoke(out: Lab = Path("nano-smoke")) -> None:
 
 @app.command("all")
 def everything(lab: Lab = LAB, workers: Workers = CORES, device: Device = "auto") -> None:
-    """Data, pre-training, runs and report."""
+    """Data, pre-training, runs and report. In a new lab the time of it all is kept for the report."""
+    is_new, started = not lab.exists(), time.perf_counter()
     data(lab, workers)
     pretrain(lab, None, workers, device)
     runs(lab, None, workers, device)
+    if is_new:
+        from recipes.nano.results import write_result
+
+        took = {"wall_seconds": round(time.perf_counter() - started), "processes": workers}
+        write_result(lab / "results" / "parts" / "all.json", {"part": "all", **took})
     report(lab)
 
 

@@ -116,12 +116,18 @@ def parts_table(parts: Sequence[dict[str, Any]]) -> str:
 
 
 def time_spent(found: Results, parts: Sequence[dict[str, Any]]) -> str:
+    whole = [part for part in parts if part["part"] == "all"]
     pretraining = sum(part.get("cpu_seconds", 0) for part in parts)
     runs = [result["cpu_seconds"] for results in found.values() for result in results]
-    return (
-        f"{pretraining / 60:.0f} minutes of one core for pre-training and {sum(runs) / 60:.0f} for the "
-        f"{len(runs)} compared runs"
+    text = (
+        f"{pretraining / 60:.0f} minutes of one core for pre-training and {sum(runs) / 60:.0f} for the {len(runs)} "
+        "compared runs"
     )
+    for part in whole:
+        device = part["device"].split(",")[0]
+        text += f"; all of it, with the clips, {part['wall_seconds'] / 60:.0f} minutes on the clock"
+        text += f" ({device}, {part['processes']} processes)"
+    return text
 
 
 def total_minutes(found: Results, parts: Sequence[dict[str, Any]]) -> float:
@@ -132,7 +138,7 @@ def total_minutes(found: Results, parts: Sequence[dict[str, Any]]) -> float:
 
 def draw_scores(found: Results, path: Path) -> None:
     """For each task a bar a run, with the seeds as dots."""
-    figure, axes = pyplot.subplots(figsize=(10, 4.2), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(10, 4.6), layout="constrained")
     width = 0.8 / len(found)
     for i, (name, results) in enumerate(found.items()):
         values = [[max(0.0, 1 - score(r, t)) if t == "asr" else score(r, t) for r in results] for t in TASKS]
@@ -144,7 +150,7 @@ def draw_scores(found: Results, path: Path) -> None:
     axes.set_xticks(range(len(TASKS) + 1), ["ASR (100 - WER)", *TASKS[1:], "mean"])
     axes.set_ylabel("per cent, unseen voices and phrases")
     axes.set_ylim(0, 100)
-    axes.legend(fontsize=8, ncols=2, loc="lower left")
+    figure.legend(fontsize=8, ncols=4, loc="outside lower center")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

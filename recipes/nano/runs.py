@@ -100,9 +100,14 @@ def run(lab: Path, name: str, seed: int) -> None:
             "routing": routing(model, processor, lab / "data"),
             "losses": losses.seen,
             **took,
-            "config": asdict(config),
+            "config": _in_default_lab(asdict(config), lab),
         },
     )
+
+
+def _in_default_lab(config: dict[str, Any], lab: Path) -> dict[str, Any]:
+    """The same configuration, whose folders tell nothing of the machine."""
+    return json.loads(json.dumps(config, default=str).replace(f"{lab}/", "nano-lab/"))
 
 
 class Losses(TrainerCallback):

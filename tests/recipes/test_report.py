@@ -1,0 +1,26 @@
+"""The report in docs says what the committed result files and notes say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from recipes.nano.report import write_report
+from recipes.nano.runs import RUNS
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "recipes" / "nano" / "results"
+
+
+def test_report_is_that_of_the_committed_results(tmp_path: Path) -> None:
+    write_report(RESULTS, tmp_path / "reproduction.md")
+    assert (tmp_path / "reproduction.md").read_text() == (ROOT / "docs" / "reproduction.md").read_text()
+    pictures = {path.name for path in (tmp_path / "reproduction").iterdir()}
+    assert pictures == {path.name for path in (ROOT / "docs" / "reproduction").iterdir()}
+
+
+def test_result_files_tell_nothing_of_the_machine() -> None:
+    paths = sorted(RESULTS.rglob("*.json"))
+    assert len(paths) >= len(RUNS)
+    for path in paths:
+        text = path.read_text()
+        assert '"/' not in text and "\\\\" not in text, path.name
