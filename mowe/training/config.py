@@ -123,7 +123,7 @@ class StageConfig:
     """One stretch of training, with an optimiser and a schedule of its own.
 
     steps or epochs: how long. warmup: share of the steps in which the rate rises. schedule: how it falls afterwards.
-    router_noise: for this stage, instead of the model's. trainable: for this stage, instead of the run's.
+    trainable: for this stage, instead of the run's.
     """
 
     steps: int | None = None
@@ -131,14 +131,12 @@ class StageConfig:
     learning_rate: float = 1e-4
     warmup: float = 0.05
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
-    router_noise: float | None = None
     trainable: TrainableConfig | None = None
 
     def check(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise ConfigError("steps: expected either this or epochs")
         _positive(self, "steps", "epochs", "learning_rate")
-        _not_negative(self, "router_noise")
         _share(self, "warmup")
 
 
@@ -358,9 +356,8 @@ def _positive(config: Any, *names: str) -> None:
 
 def _not_negative(config: Any, *names: str) -> None:
     for name in names:
-        value = getattr(config, name)
-        if value is not None and not 0 <= value < float("inf"):
-            raise ConfigError(f"{name}: must not be negative, got {value}")
+        if not 0 <= getattr(config, name) < float("inf"):
+            raise ConfigError(f"{name}: must not be negative, got {getattr(config, name)}")
 
 
 def _share(config: Any, name: str) -> None:

@@ -135,7 +135,6 @@ class _Run:
         self.model, self.processor = load(self.config)
         lora = any(stage.language_model == "lora" for stage in self.trainable)
         self.parts = Parts(self.model, self.config.lora if lora else None)
-        self.router_noise = self.model.config.router_noise
         if self.config.spec_augment is not None:
             add_spec_augment(self.model, self.config.spec_augment)
 
@@ -149,8 +148,6 @@ class _Run:
         for trainable in self.trainable[: number + 1]:
             self.parts.choose(trainable)
             saved |= dict.fromkeys(self.parts.names)
-        noise = self.config.stages[number].router_noise
-        self.model.config.router_noise = self.router_noise if noise is None else noise
         meter = RoutingMeter(self.model, self.tasks)
         arguments, batches = self._arguments(number)
         clips = self.config.data.batch_clips

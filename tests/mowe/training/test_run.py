@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
-from transformers import TrainerCallback
 
 from mowe import EncoderPool, MoweForConditionalGeneration
 from mowe.errors import CheckpointError, ConfigError, DataError
@@ -104,18 +102,6 @@ def test_a_model_built_from_parts(settings: Callable[..., TrainConfig], tmp_path
         train(settings(model={**parts, "audio_tower": str(tmp_path / "none")}, output=str(tmp_path / "other")))
     with pytest.raises(ConfigError, match="MoweConfig: unknown keys"):
         train(settings(model={**parts, "settings": {"slots": 2}}, output=str(tmp_path / "other")))
-
-
-def test_a_stage_may_have_its_own_router_noise(settings: Callable[..., TrainConfig]) -> None:
-    class Noise(TrainerCallback):
-        seen: list[float] = []
-
-        def on_train_begin(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
-            self.seen.append(model.model.mixture.router.config.router_noise)
-
-    done = train(settings(stages=[{"steps": 1}, {"steps": 1, "router_noise": 0.3}, {"steps": 1}]), callbacks=[Noise()])
-    assert Noise.seen == [0.0, 0.3, 0.0]
-    assert MoweForConditionalGeneration.from_pretrained(done.model).config.router_noise == 0.0
 
 
 def test_weights_of_manifests_and_tasks_and_what_is_logged(
