@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import os
 import re
+import struct
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import accumulate
@@ -48,25 +50,23 @@ def load_audio(path: str | os.PathLike[str]) -> Tensor:
     last page, in mp3 by the length header nearly every encoder writes; an mp3 without one is warned about, because
     its length is a guess from its bit rate.
     """
-    import soundfile
-
-    path = Path(path)
-    if not path.exists():
-        raise AudioError(f"{path}: no such file")
-    if not path.is_file():
-        raise AudioError(f"{path}: expected an audio file, got {'a directory' if path.is_dir() else 'a special file'}")
-    try:
-        with path.open("rb") as stream:
-            return _waveform(path, *_read(soundfile, path, path, stream))
-    except OSError as error:
-        raise AudioError(f"{path}: cannot be read ({error.strerror})") from error
+    with _opened(path) as file:
+        return file.waveform()
 
 
 def decode_audio(data: bytes, name: str = "audio") -> Tensor:
     """The same for the bytes of such a file. name: what errors call it."""
-    import soundfile
+    with _opened(data, name) as file:
+        return file.waveform()
 
-    return _waveform(name, *_read(soundfile, name, BytesIO(data), BytesIO(data)))
+
+def clip_samples(source: str | os.PathLike[str] | bytes, name: str = "audio") -> int:
+    """How many samples `as_waveform` makes of a file or its bytes, of which only the beginning and the end are read.
+
+    Raises `AudioError` as `load_audio` does, but damage in the middle and samples that are not finite are not seen.
+    """
+    with _opened(source, name) as file:
+        return _usable_length(file.count(), file.name)
 
 
 def as_waveform(audio: Any, sampling_rate: float = SAMPLING_RATE, name: str = "audio") -> Tensor:
@@ -91,10 +91,16 @@ def as_waveform(audio: Any, sampling_rate: float = SAMPLING_RATE, name: str = "a
         return as_waveform(audio["array"], audio["sampling_rate"], name)
     else:
         wave = _mono(_as_tensor(audio, name), sampling_rate, name)
-    if len(wave) < MIN_SAMPLES:
-        warnings.warn(f"{name}: {len(wave)} samples are under 25 ms, padded with zeros to 1 s", stacklevel=2)
-        wave = F.pad(wave, (0, _SHORT_PADDED_TO - len(wave)))
-    return wave
+    missing = _usable_length(len(wave), name) - len(wave)
+    return F.pad(wave, (0, missing)) if missing else wave
+
+
+def _usable_length(samples: int, name: str) -> int:
+    """What a clip of so many samples is padded to."""
+    if samples >= MIN_SAMPLES:
+        return samples
+    warnings.warn(f"{name}: {samples} samples are under 25 ms, padded with zeros to 1 s", stacklevel=3)
+    return _SHORT_PADDED_TO
 
 
 def split_windows(wave: Tensor, window: int = WINDOW_SAMPLES) -> list[Tensor]:
@@ -247,43 +253,93 @@ def _resampled(wave: np.ndarray, rate: float) -> np.ndarray:
     return soxr.resample(wave, rate, SAMPLING_RATE, quality="HQ")
 
 
-def _waveform(path: Path | str, samples: np.ndarray, rate: int) -> Tensor:
-    """[T, channels] float32 of any rate -> [T'] at 16 kHz."""
-    if not len(samples):
-        raise AudioError(f"{path}: holds no samples")
-    if not np.isfinite(samples).all():
-        raise AudioError(f"{path}: holds NaN or infinite samples")
-    return torch.from_numpy(_resampled(samples.mean(axis=1), rate))
+@dataclass(frozen=True)
+class _AudioFile:
+    """file: of soundfile, open. stream: the same bytes, to look at."""
 
+    name: str
+    file: Any
+    stream: BinaryIO
 
-def _read(soundfile: Any, path: Path | str, source: Path | BinaryIO, stream: BinaryIO) -> tuple[np.ndarray, int]:
-    """A file's samples [T, channels] float32 and its rate; `AudioError` if they are not all there.
+    def waveform(self) -> Tensor:
+        """[T] float32 at 16 kHz, the mean of the channels."""
+        samples = self._read()
+        if not np.isfinite(samples).all():
+            raise AudioError(f"{self.name}: holds NaN or infinite samples")
+        return torch.from_numpy(_resampled(samples.mean(axis=1), self.file.samplerate))
 
-    source: what soundfile decodes. stream: the same bytes, to look at.
-    """
-    if not stream.seek(0, os.SEEK_END):
-        raise AudioError(f"{path}: an empty file")
-    try:
-        file = soundfile.SoundFile(source)
-    except (RuntimeError, TypeError) as error:  # TypeError: headerless .raw, of which nothing is known
-        raise AudioError(f"{path}: not audio that can be decoded (wav, flac, ogg, mp3), or damaged") from error
-    with file:
-        if file.format == "OGG" and _ends_within_ogg_page(stream):
-            raise AudioError(f"{path}: truncated, its last page is incomplete")
-        for declared, found in _DECLARED_BYTES.findall(file.extra_info):
-            if int(found) < int(declared) < _UNKNOWN_LENGTH:
-                raise AudioError(f"{path}: truncated, {declared} bytes of samples were promised, {found} are there")
+    def count(self) -> int:
+        """T, without decoding a file that looks whole."""
+        frames = self.file.frames if self._looks_whole() else len(self._read())
+        return int(frames * SAMPLING_RATE / self.file.samplerate + 0.5)
+
+    def _read(self) -> np.ndarray:
+        """[frames, channels] float32. Raises AudioError if they are not all there, or none."""
         try:
-            samples = file.read(dtype="float32", always_2d=True)
+            self.file.seek(0)
+            samples = self.file.read(dtype="float32", always_2d=True)
         except RuntimeError as error:
-            raise AudioError(f"{path}: truncated or damaged, cannot be decoded to its end") from error
-        if file.format == "MP3" and not _mp3_tells_length(stream):
-            seconds = len(samples) / file.samplerate
-            told = f"{path}: an mp3 without a length header, may be longer than the {seconds:.2f} s read"
-            warnings.warn(told, stacklevel=3)
-        elif len(samples) < file.frames:
-            raise AudioError(f"{path}: truncated, {file.frames} samples were promised, {len(samples)} are there")
-        return samples, file.samplerate
+            raise AudioError(f"{self.name}: truncated or damaged, cannot be decoded to its end") from error
+        promised, there = self.file.frames, len(samples)
+        if self.file.format == "MP3" and _mp3_bytes(self.stream) is None:
+            told = f"an mp3 without a length header, may be longer than the {there / self.file.samplerate:.2f} s read"
+            warnings.warn(f"{self.name}: {told}", stacklevel=4)
+        elif there < promised:
+            raise AudioError(f"{self.name}: truncated, {promised} samples were promised, {there} are there")
+        if not there:
+            raise AudioError(f"{self.name}: holds no samples")
+        return samples
+
+    def _looks_whole(self) -> bool:
+        """Whether the last sample can be read; of an mp3, whether the bytes are there that its header tells of."""
+        if self.file.format == "MP3":  # whose decoder complains on stderr when it begins in the middle
+            return 0 < (_mp3_bytes(self.stream) or 0) <= self.stream.seek(0, os.SEEK_END)
+        try:
+            self.file.seek(-1, os.SEEK_END)
+            return len(self.file.read(1)) == 1
+        except RuntimeError:
+            return False
+
+
+@contextmanager
+def _opened(source: str | os.PathLike[str] | bytes, name: str = "audio") -> Iterator[_AudioFile]:
+    """An audio file, or the bytes of one, called `name`. Raises AudioError if its beginning tells that it is none, or
+    that something is missing.
+    """
+    import soundfile
+
+    if not isinstance(source, bytes):
+        name = os.fspath(source)
+        _check_file(Path(source))
+    try:
+        with BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as stream:
+            if not stream.seek(0, os.SEEK_END):
+                raise AudioError(f"{name}: an empty file")
+            try:
+                file = soundfile.SoundFile(BytesIO(source) if isinstance(source, bytes) else source)
+            except (RuntimeError, TypeError) as error:  # TypeError: headerless .raw, of which nothing is known
+                raise AudioError(f"{name}: not audio that can be decoded (wav, flac, ogg, mp3), or damaged") from error
+            with file:
+                _check_whole(name, file, stream)
+                yield _AudioFile(name, file, stream)
+    except OSError as error:
+        raise AudioError(f"{name}: cannot be read ({error.strerror})") from error
+
+
+def _check_file(path: Path) -> None:
+    if not path.exists():
+        raise AudioError(f"{path}: no such file")
+    if not path.is_file():
+        raise AudioError(f"{path}: expected an audio file, got {'a directory' if path.is_dir() else 'a special file'}")
+
+
+def _check_whole(name: str, file: Any, stream: BinaryIO) -> None:
+    """Raise AudioError for a file of soundfile that is shorter than it says."""
+    if file.format == "OGG" and _ends_within_ogg_page(stream):
+        raise AudioError(f"{name}: truncated, its last page is incomplete")
+    for declared, found in _DECLARED_BYTES.findall(file.extra_info):
+        if int(found) < int(declared) < _UNKNOWN_LENGTH:
+            raise AudioError(f"{name}: truncated, {declared} bytes of samples were promised, {found} are there")
 
 
 def _ends_within_ogg_page(stream: BinaryIO) -> bool:
@@ -296,14 +352,20 @@ def _ends_within_ogg_page(stream: BinaryIO) -> bool:
     return len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]])
 
 
-def _mp3_tells_length(stream: BinaryIO) -> bool:
-    """Whether the first frame, after an ID3v2 tag, carries a Xing or Info header, which tells the number of frames."""
+def _mp3_bytes(stream: BinaryIO) -> int | None:
+    """Where an mp3 should end by the Xing or Info header in its first frame, after an ID3v2 tag; 0 where the header
+    does not tell, and None without one, where the number of frames is not known either.
+    """
     stream.seek(0)
     tag = stream.read(10)
+    start = 0
     if tag.startswith(b"ID3"):
-        size = sum(byte << shift for byte, shift in zip(tag[6:10], (21, 14, 7, 0), strict=True))
-        stream.seek(10 + size)
-    else:
-        stream.seek(0)
+        start = 10 + sum(byte << shift for byte, shift in zip(tag[6:10], (21, 14, 7, 0), strict=True))
+    stream.seek(start)
     first_frame = stream.read(2048)
-    return b"Xing" in first_frame or b"Info" in first_frame
+    header = max(first_frame.find(b"Xing"), first_frame.find(b"Info"))
+    if header < 0:
+        return None
+    flags, *told = struct.unpack(">III", first_frame[header + 4 : header + 16].ljust(12, b"\0"))
+    size = told[flags & 1] if flags & 2 else 0
+    return start + size if size else 0

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mowe.audio import as_waveform, decode_audio
+from mowe.audio import as_waveform, clip_samples, decode_audio
 from mowe.errors import DataError, MoweError
 
 _TEXTS = ("task", "prompt", "answer")
@@ -51,13 +51,20 @@ class Example:
 
     def waveform(self) -> Tensor:
         """[samples] float32 at 16 kHz. Raises AudioError for audio that cannot be read."""
+        source, name = self._source()
+        return as_waveform(decode_audio(source, name) if isinstance(source, bytes) else source, name=name)
+
+    def count_samples(self) -> int:
+        """`samples`, from the beginning and the end of the audio. Raises AudioError for what can be seen there."""
+        return clip_samples(*self._source())
+
+    def _source(self) -> tuple[str | bytes, str]:
+        """A path, or the bytes of a file; and what to call it."""
         if isinstance(self.audio, Path):
-            return as_waveform(self.audio)
+            return str(self.audio), str(self.audio)
         stored = self.audio.rows[self.audio.index]["audio"]
-        if stored["bytes"] is None:
-            return as_waveform(stored["path"])
         name = stored["path"] or f"row {self.line}"
-        return as_waveform(decode_audio(stored["bytes"], name), name=name)
+        return (name if stored["bytes"] is None else stored["bytes"]), name
 
 
 @dataclass(frozen=True)
@@ -81,10 +88,10 @@ def read_manifest(
     skip_bad: bool = False,
     track: Callable[[Sequence[Any]], Iterable[Any]] = iter,
 ) -> Manifest:
-    """Read a JSONL manifest or a folder of `datasets`, and decode every clip once, so that nothing can fail later.
+    """Read a JSONL manifest or a folder of `datasets`, and look at the beginning and the end of every clip.
 
     tasks: the ones that may occur; any by default. skip_bad: leave out lines that cannot be used. track: wraps the
-    list of clips while they are decoded, for a progress bar.
+    list of clips while they are looked at, for a progress bar.
     Raises DataError for a manifest that cannot be read, for bad lines (the first few and their number), and where no
     line is left.
     """
@@ -98,7 +105,7 @@ def read_manifest(
         except DataError as error:
             problems[line] = str(error)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        jobs: list[tuple[Example, Future[int]]] = [(e, threads.submit(_decoded_samples, e)) for e in found]
+        jobs: list[tuple[Example, Future[int]]] = [(e, threads.submit(e.count_samples)) for e in found]
         examples = []
         for example, job in track(jobs):
             try:
@@ -111,10 +118,6 @@ def read_manifest(
     if not examples:
         raise DataError(f"{path}: no {word} that can be used" + (f": {_first_of(told)}" if told else ", it is empty"))
     return Manifest(path, tuple(examples), tuple(told))
-
-
-def _decoded_samples(example: Example) -> int:
-    return len(example.waveform())
 
 
 def _first_of(problems: list[str]) -> str:

@@ -29,7 +29,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from mowe.data import Example, Manifest, read_manifest
-from mowe.errors import ConfigError, MoweError
+from mowe.errors import AudioError, ConfigError, MoweError
 from mowe.files import make_folder, write_text
 from mowe.modeling_mowe import MoweForConditionalGeneration
 from mowe.processing_mowe import MoweFeatureExtractor, MoweProcessor
@@ -179,7 +179,10 @@ class _Run:
             _write_config(self.config)
             for left in self._folder(number).glob("unfinished-*"):  # by a kill
                 shutil.rmtree(left)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except AudioError as error:  # of a clip damaged in its middle; from a worker it comes with a traceback
+            raise AudioError(str(error).rpartition("AudioError: ")[2].strip()) from None
         meter.remove()
 
     def _arguments(self, number: int) -> tuple[TrainingArguments, FrameBatches]:

@@ -10,7 +10,7 @@ import soundfile
 import soxr
 import torch
 
-from mowe.audio import MIN_SAMPLES, AudioBatch, as_waveform, load_audio, split_windows
+from mowe.audio import MIN_SAMPLES, AudioBatch, as_waveform, clip_samples, load_audio, split_windows
 from mowe.errors import AudioError, MoweError
 
 RATE = 16_000
@@ -48,6 +48,7 @@ def fails(function, *args):
 def test_formats(tmp_path, tone, extension, tolerance):
     wave = load_audio(write(tmp_path / f"clip.{extension}", tone))
     assert wave.dtype == torch.float32 and wave.shape == tone.shape
+    assert clip_samples(tmp_path / f"clip.{extension}") == len(wave)
     np.testing.assert_allclose(wave[2_000:-2_000], tone[2_000:-2_000], atol=tolerance)
 
 
@@ -92,7 +93,7 @@ def test_special_file(tmp_path):
 def test_empty_file(tmp_path, extension):
     path = tmp_path / f"clip.{extension}"
     path.touch()
-    assert fails(load_audio, path) == f"{path}: an empty file"
+    assert fails(load_audio, path) == fails(clip_samples, path) == f"{path}: an empty file"
 
 
 @pytest.mark.parametrize("extension", ["wav", "flac", "ogg", "mp3", "raw", "txt"])
@@ -104,7 +105,7 @@ def test_not_audio(tmp_path, extension):
 
 def test_no_samples(tmp_path):
     path = write(tmp_path / "clip.wav", np.zeros(0))
-    assert fails(load_audio, path) == f"{path}: holds no samples"
+    assert fails(load_audio, path) == fails(clip_samples, path) == f"{path}: holds no samples"
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -120,13 +121,29 @@ def test_truncated_file(tmp_path, extension, fraction):
     noise = np.random.default_rng(0).normal(scale=0.1, size=160_000)
     path = cut(write(tmp_path / f"clip.{extension}", noise), fraction)
     assert fails(load_audio, path).startswith(f"{path}: truncated")
+    assert fails(clip_samples, path).startswith(f"{path}: truncated")
+
+
+@pytest.mark.parametrize("rate", [8_000, 12_345, 22_050, 32_000, 44_100, 48_000])
+def test_samples_are_counted_as_they_will_be(tmp_path, rate):
+    noise = np.random.default_rng(0).normal(scale=0.1, size=2 * rate)
+    for length in range(2 * rate - 20, 2 * rate):
+        path = write(tmp_path / "clip.flac", noise[:length], rate)
+        assert clip_samples(path.read_bytes()) == clip_samples(path) == len(as_waveform(path))
+
+
+def test_of_counted_samples_only_the_last_one_is_decoded(tmp_path, tone):
+    tone[77] = np.nan
+    path = write(tmp_path / "clip.wav", tone, subtype="FLOAT")
+    assert clip_samples(path) == len(tone)
+    assert fails(load_audio, path) == f"{path}: holds NaN or infinite samples"
 
 
 def test_file_cut_within_its_header(tmp_path, tone):
     for extension in ("wav", "flac", "ogg", "mp3"):
         path = write(tmp_path / f"clip.{extension}", tone)
         path.write_bytes(path.read_bytes()[:40])
-        assert fails(load_audio, path).startswith(f"{path}: ")
+        assert fails(load_audio, path) == fails(clip_samples, path)
 
 
 @pytest.mark.parametrize("declared", [0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF000])
@@ -136,7 +153,7 @@ def test_wav_streamed_into_a_pipe_is_whole(tmp_path, tone, declared):
     size = data.index(b"data") + 4
     data[size : size + 4] = struct.pack("<I", declared)
     path.write_bytes(data)
-    assert load_audio(path).shape == tone.shape
+    assert load_audio(path).shape == tone.shape == (clip_samples(path),)
 
 
 @pytest.mark.parametrize("tagged", [False, True])
@@ -151,7 +168,10 @@ def test_mp3_without_a_length_header_is_warned_about(tmp_path, tone, tagged):
         assert load_audio(path).shape == tone.shape
     path.write_bytes(tag + data[header:])
     with pytest.warns(UserWarning, match="clip.mp3: an mp3 without a length header"):
-        assert len(load_audio(path)) >= len(tone)
+        samples = len(load_audio(path))
+    assert samples >= len(tone)
+    with pytest.warns(UserWarning, match="clip.mp3: an mp3 without a length header"):
+        assert clip_samples(path) == samples
 
 
 # Arrays

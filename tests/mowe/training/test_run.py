@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from matplotlib.image import imread
 
 from mowe import EncoderPool, MoweForConditionalGeneration
-from mowe.errors import CheckpointError, ConfigError, DataError
+from mowe.errors import AudioError, CheckpointError, ConfigError, DataError
 from mowe.losses import RouterLogits, router_loss_terms
 from mowe.training import TrainConfig, train
 from mowe.training.data import Collator
@@ -150,6 +151,20 @@ def test_what_cannot_be_is_told_before_anything_is_written(
     with pytest.raises(error, match=message):
         train(settings(**fields))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_clip_damaged_in_its_middle_ends_a_run_with_one_line(
+    settings: Callable[..., TrainConfig], tmp_path: Path, workers: int
+) -> None:
+    samples = np.zeros(8_000, np.float32)
+    samples[4_000] = np.nan
+    soundfile.write(tmp_path / "clip.wav", samples, 16_000, subtype="FLOAT")
+    manifest = tmp_path / "bad.jsonl"
+    manifest.write_text('{"audio": "clip.wav", "task": "any", "prompt": "?", "answer": "x"}\n')
+    config = settings(data={"train": [{"manifest": str(manifest)}], "workers": workers})
+    with pytest.raises(AudioError, match=f"^{tmp_path}/clip.wav: holds NaN or infinite samples$"):
+        train(config)
 
 
 def test_picture_of_routing(tmp_path: Path) -> None:
