@@ -47,6 +47,8 @@ class MoweTrainer(Trainer):
         self.batches, self.eval_batches = batches, eval_batches
         self.parts, self.saved, self.meter = parts, saved, meter
         self._saving_to: str | None = None
+        if self.is_fsdp_enabled:  # as in a single process, autocast decides what is computed in bfloat16
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
 
     def get_train_dataloader(self) -> DataLoader:
         return self._loader(self.train_dataset, self.batches)
@@ -85,7 +87,8 @@ class MoweTrainer(Trainer):
                 family.eval()
             inputs["num_windows_in_batch"] = self._num_windows
         self.meter.task_ids = tasks if model.training else None
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        with self.accelerator.autocast():  # which accelerate leaves out where parameters are sharded
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if not model.training and outputs.aux_loss is not None:
             loss = loss - outputs.aux_loss  # what models of other routers can be compared by
         return (loss, outputs) if return_outputs else loss

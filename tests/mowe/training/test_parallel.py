@@ -74,14 +74,17 @@ def logged(folder: Path, *names: str) -> torch.Tensor:
     return torch.tensor([[entry[name] for name in names] for entry in entries])
 
 
-@pytest.fixture(scope="module")
-def runs(tones: Path, split_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+@pytest.fixture(scope="module", params=["full", "lora"], ids=["float32", "bfloat16"])
+def runs(
+    tones: Path, split_model: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> dict[str, Path]:
     """The same run, of two stages, in one process, in two that repeat and in two that share the parameters; and what
-    the last two come to when they go on from the middle of the second stage.
+    the last two come to when they go on from the middle of the second stage. In bfloat16 the language model is frozen,
+    and has adapters in float32.
     """
     folder = tmp_path_factory.mktemp("runs")
     found = {name: folder / name for name in ("one", "copies", "shards", "copies again", "shards again")}
-    everything = {"audio_tower": True, "pool": True, "language_model": "full"}
+    everything = {"audio_tower": True, "pool": True, "language_model": request.param}
     steady = {"learning_rate": 1e-3, "warmup": 0.0, "schedule": "constant"}
     config = {
         "model": str(split_model),
@@ -95,6 +98,7 @@ def runs(tones: Path, split_model: Path, tmp_path_factory: pytest.TempPathFactor
         "stages": [{**steady, "steps": 1}, {**steady, "steps": 3, "trainable": everything}],
         "log_every": 1,
         "save_every": 1,
+        "bf16": request.param == "lora",
     }
     train(as_config(TrainConfig, {**config, "accumulate": 2}))
     changes = [{"output": str(found[name]), "fsdp": name == "shards"} for name in ("copies", "shards")]
