@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mowe.configuration_mowe import MoweConfig
 from mowe.errors import ConfigError
+from mowe.losses import RouterLogits, router_loss_terms
 from mowe.modeling_mowe import MoweForConditionalGeneration
 from mowe.training.config import LoraConfig, TrainableConfig
 
@@ -41,6 +43,8 @@ class Parts:
         wanted = [config.pool] * pool.num_encoders if isinstance(config.pool, bool) else config.pool
         if len(wanted) != pool.num_encoders:
             raise ConfigError(f"trainable.pool: {len(wanted)} entries, but the pool has {pool.num_encoders} encoders")
+        if config.routers:
+            _check_routers(self.model.config)
         self.model.requires_grad_(False)
         for hook in self._hooks:
             hook.remove()
@@ -106,3 +110,21 @@ class Parts:
             if parameter.requires_grad:
                 self._held.append((parameter, still))
                 self._hooks.append(parameter.register_hook(silence))
+
+
+def _check_routers(config: MoweConfig) -> None:
+    """Raise ConfigError for a router that nothing gives a gradient, neither the weights of its slots nor a loss."""
+    if config.scale_by_weight:
+        return
+    losses = {name: coefficient for name, coefficient in (config.router_losses or {}).items() if coefficient}
+    logits = torch.zeros(1, 2)
+    said = {
+        "data-independent": (config.num_independent_slots, RouterLogits(None, logits[0])),
+        "data-dependent": (config.num_dependent_slots, RouterLogits(logits, None)),
+    }
+    for kind, (slots, of_it_alone) in said.items():
+        if slots and not router_loss_terms(of_it_alone, losses):
+            raise ConfigError(
+                f"trainable.routers: nothing gives the {kind} router a gradient: the model's scale_by_weight is false, "
+                "and router_losses has no term for it"
+            )

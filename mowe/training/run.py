@@ -98,6 +98,8 @@ class _Run:
             for example in manifest
         ]
         self._load()
+        for trainable in self.trainable:
+            self.parts.choose(trainable)
         self.world.wait_for_everyone()  # every process has seen what was there before one of them writes
 
     def train(self) -> TrainResult:

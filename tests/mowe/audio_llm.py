@@ -41,7 +41,8 @@ def tiny_model(
     model = mowe.MoweForConditionalGeneration.from_parts(
         base or whisper(0), pool or tiny_pool(settings["context"]), lm or language_model(), **settings
     )
-    torch.nn.init.normal_(model.model.mixture.router.dependent.weight)
+    if model.config.num_dependent_slots:
+        torch.nn.init.normal_(model.model.mixture.router.dependent.weight)
     return model
 
 

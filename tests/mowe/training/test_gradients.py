@@ -11,9 +11,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from mowe.errors import ConfigError
 from mowe.training import TrainConfig, train
+from mowe.training.config import TrainableConfig
 from mowe.training.log import read_lines
-from tests.mowe.audio_llm import processor_of, tiny_model
+from mowe.training.parts import Parts
+from tests.mowe.audio_llm import CLIPS, PROMPTS, processor_of, tiny_model
 from tests.mowe.encoders import assert_same_gradients
 from tests.mowe.training.tones import write_manifest
 
@@ -94,6 +97,31 @@ def test_frozen_encoders_are_in_evaluation_mode(settings: Callable[..., TrainCon
     pool = [False, True, False, True]
     gradients = first_step(settings(trainable={"pool": pool}))
     assert gradients.training == [False, False, True]
+
+
+@pytest.mark.parametrize("slots", [(1, 0), (0, 1), (1, 1)])
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("losses", [{}, {"independent_entropy": 0.1}, {"diversity": 0.0, "z_loss": 0.1}])
+def test_everything_that_learns_gets_a_gradient(slots: tuple[int, int], scaled: bool, losses: dict) -> None:
+    """Or DDP would wait for it. Without weights that scale the features, a router has the losses of its own alone."""
+    independent, dependent = slots
+    model = tiny_model(
+        num_independent_slots=independent, num_dependent_slots=dependent, scale_by_weight=scaled, router_losses=losses
+    )
+    parts = Parts(model)
+    everything = TrainableConfig(audio_tower=True, pool=True, language_model="full")
+    without = ["data-independent"] * (independent and not scaled and "independent_entropy" not in losses)
+    without += ["data-dependent"] * (dependent and not scaled and "z_loss" not in losses)
+    if without:
+        with pytest.raises(ConfigError, match=f"^trainable.routers: nothing gives the {without[0]} router a gradient"):
+            parts.choose(everything)
+        everything.routers = False
+    parts.choose(everything)
+    batch = processor_of(model)(text=PROMPTS, audio=CLIPS)
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (name in parts.names) == (parameter.grad is not None), name
+    assert sum("router." in name for name in parts.names) == (0 if without else independent + dependent)
 
 
 def test_lora_is_on_the_language_model_and_merged(
