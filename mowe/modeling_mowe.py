@@ -214,6 +214,20 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
             check_keys(info, "model")
         return (model, info) if want_info else model
 
+    @staticmethod
+    def _finalize_model_loading(model: PreTrainedModel, load_config: Any, loading_info: Any) -> Any:
+        """Where there are adapters too, transformers goes on to tell of their parameters alone."""
+        loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+        check_keys(loading_info.to_dict(), "model")
+        return loading_info
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, which would go on to save the model's own parameters under the names of an adapter's."""
+        conversions = getattr(self, "_weight_conversions", None)
+        info = super().load_adapter(*args, **kwargs)
+        self._weight_conversions = conversions
+        return info
+
     @classmethod
     def from_parts(
         cls,
@@ -241,7 +255,7 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
         if not isinstance(pool, EncoderPool):
             pool = EncoderPool.from_pretrained(pool, settings.get("context", "window"))
         if not isinstance(language_model, PreTrainedModel):
-            language_model = _load_language_model(str(language_model))
+            language_model = load_language_model(str(language_model))
         config = MoweConfig(
             audio_config=base.config,
             pool_config=pool.config,
@@ -396,7 +410,8 @@ def _with_quantization(source: str, settings: dict[str, Any]) -> dict[str, Any]:
     return {**settings, "quantization_config": asked}
 
 
-def _load_language_model(source: str) -> PreTrainedModel:
+def load_language_model(source: str) -> PreTrainedModel:
+    """In the type it is stored in. Raises CheckpointError, naming the source."""
     with naming(source):
         check_source(source)
         model, info = read_model(AutoModelForCausalLM.from_pretrained, source)

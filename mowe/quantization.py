@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
@@ -87,6 +87,11 @@ class MoweQuantizer(Bnb4BitHfQuantizer):
     A model in full precision is quantised while it is read, tensor by tensor.
     """
 
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Routers, projector and whatever is not in 4 bits learn, with adapters or without."""
+        return True
+
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Everything needed is a dependency."""
 
@@ -109,6 +114,8 @@ class MoweQuantizer(Bnb4BitHfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         _check_loaded(model, self._expected, self.quantization_config.quant_type)
+        # What transformers would undo before saving, and cannot: the layers write what they were read from.
+        model._weight_conversions = [c for c in model._weight_conversions if not isinstance(c, WeightConverter)]
         return _finish(super()._process_model_after_weight_loading(model, **kwargs))
 
 

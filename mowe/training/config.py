@@ -74,7 +74,7 @@ class DataConfig:
 @dataclass
 class TrainableConfig:
     """Which parts learn. pool: all of its encoders, or one entry for each. language_model: "lora" trains adapters on
-    its linear layers, which are merged into them at the end.
+    its linear layers, which are merged into them at the end, or saved beside them where they are in 4 bits.
     """
 
     audio_tower: bool = False
@@ -91,7 +91,7 @@ class TrainableConfig:
 
 @dataclass
 class LoraConfig:
-    """The adapters on the language model: rank, alpha (scaled by alpha / rank) and dropout."""
+    """New adapters on the language model: rank, alpha (scaled by alpha / rank) and dropout."""
 
     rank: int = 8
     alpha: float = 16.0
@@ -145,10 +145,11 @@ class TrainConfig:
     """A training run. model: the folder of a saved model, or its parts. output: where everything goes.
 
     accumulate: batches whose gradients make a step, in each process. bf16: what is frozen is stored in bfloat16, and
-    computed in it; what is trained stays in float32 and is computed in bfloat16. log_every, save_every, evaluate_every:
-    steps; evaluation and saving also happen at the end of a stage. keep: checkpoints of a stage, the latest ones.
-    fsdp: shard parameters, gradients and optimiser over the processes (FSDP2) instead of repeating them (DDP).
-    trainer: further fields of transformers' TrainingArguments.
+    computed in it; what is trained stays in float32 and is computed in bfloat16. load_in_4bit: the language model is in
+    4 bits while training goes on. log_every, save_every, evaluate_every: steps; evaluation and saving also happen at
+    the end of a stage. keep: checkpoints of a stage, the latest ones. fsdp: shard parameters, gradients and optimiser
+    over the processes (FSDP2) instead of repeating them (DDP). trainer: further fields of transformers'
+    TrainingArguments.
     """
 
     model: str | PartsConfig
@@ -161,6 +162,7 @@ class TrainConfig:
     spec_augment: SpecAugmentConfig | None = None
     accumulate: int = 1
     bf16: bool = False
+    load_in_4bit: bool = False
     gradient_checkpointing: bool = False
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,14 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from mowe.data import Example, Manifest, read_manifest
 from mowe.errors import AudioError, ConfigError, MoweError
 from mowe.files import make_folder, write_text
-from mowe.modeling_mowe import MoweForConditionalGeneration
+from mowe.modeling_mowe import MoweForConditionalGeneration, load_language_model
 from mowe.processing_mowe import MoweFeatureExtractor, MoweProcessor
+from mowe.quantization import MoweQuantizationConfig, quantize
 from mowe.training.augment import add_spec_augment
-from mowe.training.config import TrainConfig
+from mowe.training.config import PartsConfig, TrainConfig
 from mowe.training.data import Collator, FrameBatches, base_frames
 from mowe.training.log import RunLog, read_lines
-from mowe.training.parts import Parts
+from mowe.training.parts import Parts, parts_in_4_bits
 from mowe.training.picture import training_picture
 from mowe.training.routing import RoutingMeter
 from mowe.training.saving import whole
@@ -97,7 +98,9 @@ class _Run:
             for source, manifest in zip(config.data.train, manifests, strict=True)
             for example in manifest
         ]
-        self._load()
+        self._load(config.load_in_4bit)
+        if config.fsdp and self.parts.in_4_bits:
+            raise ConfigError("fsdp: a model in 4 bits is not sharded, train it without fsdp")
         for trainable in self.trainable:
             self.parts.choose(trainable)
         self.world.wait_for_everyone()  # every process has seen what was there before one of them writes
@@ -132,9 +135,9 @@ class _Run:
             raise found
         return found
 
-    def _load(self) -> None:
-        """The model that training begins with."""
-        self.model, self.processor = load(self.config)
+    def _load(self, in_4_bits: bool = False) -> None:
+        """The model that training begins with. in_4_bits: its language model, if it is not already."""
+        self.model, self.processor = load(self.config, in_4_bits)
         lora = any(stage.language_model == "lora" for stage in self.trainable)
         self.parts = Parts(self.model, self.config.lora if lora else None)
         if self.config.spec_augment is not None:
@@ -253,12 +256,11 @@ class _Run:
         self.model.load_state_dict(load_file(Path(checkpoint, SAFE_WEIGHTS_NAME)), strict=False)
 
     def _save(self, folder: Path) -> None:
-        """The model that training began with, and in it what the last checkpoint holds."""
+        """The model as it is stored, and in it what the last checkpoint holds."""
         self._load()
         self._load_trained(get_last_checkpoint(self._folder(len(self.config.stages) - 1)))
-        model = self.parts.merge()
         with whole(folder) as unfinished:
-            model.save_pretrained(unfinished)
+            self.parts.save(unfinished)
             self.processor.save_pretrained(unfinished)
 
     def _draw(self) -> None:
@@ -269,21 +271,32 @@ class _Run:
         training_picture(self.output / "routing.png", entries, names, "Who listened as training went on")
 
 
-def load(config: TrainConfig) -> tuple[MoweForConditionalGeneration, MoweProcessor]:
-    """The model that a run begins with, the same at every call, and its processor."""
+def load(config: TrainConfig, in_4_bits: bool = False) -> tuple[MoweForConditionalGeneration, MoweProcessor]:
+    """The model that a run begins with, in float32, the same at every call, and its processor.
+
+    in_4_bits: the language model is put in 4 bits, if it is not already.
+    """
     set_seed(config.seed)
     if isinstance(config.model, str):
-        model = MoweForConditionalGeneration.from_pretrained(config.model, dtype="float32")
-        if getattr(model.config, "quantization_config", None) is not None:
-            raise ConfigError(f"model: {config.model} is in 4 bits; train the model it was made from")
-        return model, MoweProcessor.from_pretrained(config.model)
-    parts = config.model
+        quantization = MoweQuantizationConfig(["language_model"]) if in_4_bits else None
+        model = MoweForConditionalGeneration.from_pretrained(
+            config.model, dtype="float32", quantization_config=quantization
+        )
+        processor = MoweProcessor.from_pretrained(config.model)
+    else:
+        model, processor = _from_parts(config.model)
+    if in_4_bits and "language_model" not in parts_in_4_bits(model):
+        quantize(model, parts=["language_model"])
+    return model, processor
+
+
+def _from_parts(parts: PartsConfig) -> tuple[MoweForConditionalGeneration, MoweProcessor]:
     tokenizer = AutoTokenizer.from_pretrained(parts.tokenizer or parts.language_model)
     tokenizer.add_special_tokens({"additional_special_tokens": [_AUDIO_TOKEN]}, replace_extra_special_tokens=False)
     model = MoweForConditionalGeneration.from_parts(
         parts.audio_tower,
         parts.pool,
-        parts.language_model,
+        load_language_model(parts.language_model).float(),  # its type is that of the whole model
         audio_token_id=tokenizer.convert_tokens_to_ids(_AUDIO_TOKEN),
         **parts.settings,
     )
@@ -338,9 +351,10 @@ def _check_output(config: TrainConfig, resume: bool) -> None:
             raise ConfigError(f"output: {output} is not empty; go on with --resume or choose another folder")
     elif stored.exists():
         before, now = json.loads(stored.read_text(encoding="utf-8")), _flat(asdict(config))
+        defaults = {f.name: f.default for f in fields(config)}  # of fields that are newer than that run
         for name in sorted(before.keys() | now.keys()):
-            if before.get(name) != now.get(name) and name not in _FREE_TO_CHANGE:
-                was, is_now = before.get(name), now.get(name)
+            was, is_now = before.get(name, defaults.get(name)), now.get(name)
+            if was != is_now and name not in _FREE_TO_CHANGE:
                 raise ConfigError(f"{name}: {output} was begun with {was!r}, it cannot go on with {is_now!r}")
 
 

@@ -151,6 +151,14 @@ def test_saving_after_use_changes_no_bit(saved, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_what_was_loaded_is_saved_again_to_the_bit(saved, tmp_path):
+    folder = saved[1]
+    mowe.MoweForConditionalGeneration.from_pretrained(folder).save_pretrained(tmp_path)
+    first, second = (load_file(path / "model.safetensors") for path in (folder, tmp_path))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_loading_in_4_bits_is_quantising_after_loading(saved, tmp_path):
     model, _ = saved
     tiny_model().save_pretrained(tmp_path)

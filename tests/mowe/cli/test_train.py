@@ -51,6 +51,17 @@ def test_trains_and_the_model_answers(run: Run, config: Path, tones: Path) -> No
     assert json.loads(answer.stdout)["clips"][0]["text"]
 
 
+def test_a_model_in_4_bits_is_trained_and_answers(run: Run, config: Path, tones: Path, tmp_path: Path) -> None:
+    assert run("quantize", tones / "model", tmp_path / "nf4", "--clip", tones / "valid0.wav").exit_code == 0
+    arguments = ("trainable={language_model: lora}", "stages=[{steps: 2}]", "data.validation=[]", "data.workers=0")
+    done = run("train", config, f"model={tmp_path / 'nf4'}", f"output={tmp_path / 'out'}", *arguments, "--json")
+    assert done.exit_code == 0, done.stderr
+    trained = json.loads(done.stdout)["model"]
+    assert Path(trained, "adapter_model.safetensors").exists()
+    answer = run("generate", tones / "valid0.wav", "--prompt", "?", "--model", trained, "--json")
+    assert answer.exit_code == 0 and json.loads(answer.stdout)["clips"][0]["text"], answer.stderr
+
+
 def test_a_run_is_not_begun_over_another_one(run: Run, config: Path, tones: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     done = run("train", config, f"output={tmp_path}")

@@ -112,3 +112,14 @@ def test_another_configuration_does_not_go_on(settings: Callable[..., TrainConfi
     ):
         train(settings(stages=[{"steps": 1, "learning_rate": 1e-3}]), resume=True)
     train(settings(stages=[{"steps": 1}], log_every=7), resume=True)
+
+
+def test_a_field_that_is_newer_than_a_run_had_its_default(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    stored = tmp_path / "run" / "config.json"
+    train(settings(stages=[{"steps": 1}]))
+    before = json.loads(stored.read_text())
+    del before["load_in_4bit"]
+    stored.write_text(json.dumps(before))
+    with pytest.raises(ConfigError, match=r"load_in_4bit: .*run was begun with False, it cannot go on with True"):
+        train(settings(stages=[{"steps": 1}], load_in_4bit=True), resume=True)
+    train(settings(stages=[{"steps": 1}]), resume=True)
