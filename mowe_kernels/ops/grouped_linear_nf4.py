@@ -9,11 +9,6 @@ from mowe_kernels.ops._op import Op, check, check_dtype, check_shape, needs_grad
 from mowe_kernels.ops.grouped_linear import ACTIVATIONS, grouped_linear
 from mowe_kernels.ops.nf4_dequantize_grouped import Nf4Matrix, nf4_dequantize_grouped
 
-FEW_ROWS = 500
-"""Rows a group, on average, up to which weights are taken out of 4 bits inside of the product. Above, that work, which
-every block of rows does anew, costs more than writing the weights once. Not measured yet on a GPU: the figure is where
-bitsandbytes' own kernels change over."""
-
 
 def _fake(x, codes, absmax, nested_absmax, nested_offset, nested_code, sizes, *rest):
     return x.new_empty(x.shape[0], sizes[0])
@@ -66,10 +61,11 @@ def grouped_linear_nf4(
 def multiplies_in_4_bits(x: Tensor, matrix: Nf4Matrix, *others: Tensor | None) -> bool:
     """Whether a product with this matrix takes its weights out of 4 bits block by block, in the loop of the kernel.
 
-    It does for few rows, where a kernel computes that has such a loop, and nobody asks for a gradient. others: what is
-    added to the product.
+    It does for few rows, where a kernel computes that has such a loop, and nobody asks for a gradient. How many are few
+    is measured by `python -m mowe_kernels.tune`. others: what is added to the product.
     """
-    few = x.shape[0] <= FEW_ROWS * matrix.codes.shape[0]
-    if not few or matrix.columns % 2 or needs_grad(x, *others):
+    if matrix.columns % 2 or needs_grad(x, *others):
         return False
-    return implementation("grouped_linear_nf4", [x]).__name__.startswith("mowe_kernels.triton.")
+    kernel = implementation("grouped_linear_nf4", [x])
+    in_loop = kernel.__name__.startswith("mowe_kernels.triton.")
+    return in_loop and x.shape[0] <= kernel.few_rows(x) * matrix.codes.shape[0]

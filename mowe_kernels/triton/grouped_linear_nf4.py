@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 
 import torch
 import triton
@@ -15,10 +15,29 @@ from mowe_kernels.reference.nf4_quantize import NF4_CODE
 from mowe_kernels.triton._compilation import Compilation
 from mowe_kernels.triton._device import find_tile
 from mowe_kernels.triton._gemm import finish, load_block
-from mowe_kernels.triton._launch import cdiv, check_dtypes, contiguous, launch, next_power_of_2, recorded, setting
+from mowe_kernels.triton._launch import (
+    Tuning,
+    cdiv,
+    check_dtypes,
+    contiguous,
+    hardware,
+    launch,
+    next_power_of_2,
+    recorded,
+    setting,
+)
 from mowe_kernels.triton.grouped_linear import Tile
 
-TILE = Tile(64, 64, 64, 4, 3)  # for few rows; not measured yet
+TILE = Tile(64, 64, 64, 4, 3)  # for few rows
+CANDIDATES = (
+    Tile(64, 64, 64, 4, 4),
+    Tile(64, 64, 128, 4, 3),
+    Tile(64, 32, 128, 4, 4),
+    Tile(32, 64, 64, 4, 4),
+    Tile(128, 64, 64, 4, 3),
+    Tile(128, 64, 64, 8, 3),
+)
+FEW_ROWS = 500  # without a measured figure: where bitsandbytes' own kernels change over
 
 
 def forward(
@@ -39,7 +58,7 @@ def forward(
     nested = contiguous(nested_absmax, nested_offset, nested_code) if nested_absmax.numel() else [None] * 3
     (rows, k), (n, _, blocksize), experts = x.shape, sizes, codes.shape[0]
     out = x.new_empty(rows, n)
-    tile = setting("nf4_tile", TILE)
+    tile = setting("nf4_tile", TILE, hardware(x.device), f"{8 * x.itemsize} bits")
     launch(
         grouped_gemm_nf4_kernel, (rows // tile.rows + experts) * cdiv(n, tile.cols) if rows else 0,
         x, codes, _code(x.device), absmax, *nested, bias, group_offsets, residual, out,
@@ -48,6 +67,11 @@ def forward(
         num_warps=tile.warps, num_stages=tile.stages, matmul=x.itemsize == 2,
     )  # fmt: skip
     return out
+
+
+def few_rows(x: Tensor) -> int:
+    """Rows a group, on average, up to which this is faster than full weights written once and read by every block."""
+    return setting("nf4_few_rows", FEW_ROWS, hardware(x.device), f"{8 * x.itemsize} bits")
 
 
 @cache
@@ -112,6 +136,20 @@ def grouped_gemm_nf4_kernel(
         b_w = tl.join(b_first, b_second).reshape(BN, BK).to(b_x.dtype)
         acc = tl.dot(b_x, b_w.T, acc, input_precision="ieee")
     finish(acc, p_bias, p_residual, None, None, None, p_out, group, row, stop, col, N, GELU)
+
+
+def tunings(device: torch.device, rows: int) -> Iterator[Tuning]:
+    """The first linear layer of a Whisper-tiny's feed-forward half over few rows, scales in 8 bits."""
+    each, d, n = min(rows // 8, 128), 384, 1536
+    x = torch.randn(8 * each, d, dtype=torch.bfloat16, device=device)
+    codes, absmax = (
+        torch.randint(256, (8, count), dtype=torch.uint8, device=device) for count in (n * d // 2, n * d // 64)
+    )
+    nested = [torch.rand(8, *shape, device=device) / 20 for shape in ((n * d // 64 // 256,), (), (256,))]
+    offsets = torch.arange(9, dtype=torch.int32, device=device) * each
+    bias = x[:8].repeat(1, n // d)
+    call = partial(forward, x, codes, absmax, *nested, [n, d, 64], bias, offsets, None, "gelu")
+    yield Tuning("nf4_tile", "16 bits", CANDIDATES, call)
 
 
 def compilations(capability: int) -> Iterator[Compilation]:

@@ -6,13 +6,16 @@ import importlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import mowe_kernels as mk
 from mowe_kernels import attention
 from mowe_kernels.tables import AttentionChoice
+from mowe_kernels.triton import grouped_linear, grouped_linear_nf4
 from mowe_kernels.triton._launch import Tuning, override
 
 Timer = Callable[[Callable[[], Any]], float]
@@ -22,6 +25,7 @@ UNCHANGED = object()
 ROWS = 48_000  # of a batch of 32 clips of 30 s at 50 Hz
 LONGEST = (256, 1024, None)
 HEAD_DIMS = (64, 80)
+ROWS_A_GROUP = (16, 64, 128, 256, 512, 1024, 2048)
 
 
 def device_timer(call: Callable[[], Any]) -> float:
@@ -37,6 +41,31 @@ def tunings(ops: Sequence[str], device: torch.device, rows: int = ROWS) -> Itera
         module = importlib.import_module(f"mowe_kernels.triton.{op}")
         if hasattr(module, "tunings"):
             yield from module.tunings(device, rows)
+    if {"grouped_linear", "grouped_linear_nf4"} <= set(ops):
+        yield few_rows_in_4_bits(device)
+
+
+def few_rows_in_4_bits(device: torch.device, width: int = 384, counts: Sequence[int] = ROWS_A_GROUP) -> Tuning:
+    """Up to how many rows a group a product takes its weights out of 4 bits in its own loop.
+
+    Timed is the first linear layer of the feed-forward half of eight Whisper-tiny (`width` 384), over all of these
+    counts of rows a group, each the way the figure says.
+    """
+    weight = torch.randn(8, 4 * width, width, dtype=torch.bfloat16, device=device) / 20
+    matrix, bias = mk.nf4_quantize(weight, double_quant=True).matrix, weight[:, :, 0].contiguous()
+    x = torch.randn(8 * counts[-1], width, dtype=torch.bfloat16, device=device)
+    offsets = torch.arange(9, dtype=torch.int32, device=device)
+
+    def multiply(count: int) -> Tensor:
+        rows, each = x[: 8 * count], count * offsets
+        if count <= grouped_linear_nf4.few_rows(x):
+            return grouped_linear_nf4.forward(rows, *matrix[:5], [*matrix[5:]], bias, each, None, "gelu")
+        (full,) = mk.nf4_dequantize_grouped([matrix], each, x.dtype)
+        return grouped_linear.forward(rows, full, bias, each, None, None, "gelu", False)[0]
+
+    # A figure lies between two counts; past all of them nothing is known.
+    figures = (0, *((a + b) // 2 for a, b in pairwise(counts)), counts[-1])
+    return Tuning("nf4_few_rows", "16 bits", figures, lambda: torch.cat([multiply(count) for count in counts]))
 
 
 def compile_candidates(ops: Sequence[str], device: torch.device) -> None:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mowe_kernels import nf4_quantize, use_backend
-from mowe_kernels.ops import grouped_linear_nf4 as module
 from mowe_kernels.ops.grouped_linear_nf4 import grouped_linear_nf4, multiplies_in_4_bits
+from mowe_kernels.triton import grouped_linear_nf4 as module
 from mowe_kernels.triton._launch import override
 from mowe_kernels.triton.grouped_linear import Tile
 from tests.mowe_kernels.checks import GROUPS, normal, offsets, rows_with_tail, table
@@ -61,6 +61,8 @@ def test_the_rule():
     few, many = (torch.ones(2 * module.FEW_ROWS + more, 32, device=DEVICE) for more in (0, 1))
     with use_backend("triton"):
         assert multiplies_in_4_bits(few, weight.matrix, None)
+        with override(nf4_few_rows=module.FEW_ROWS - 1):
+            assert not multiplies_in_4_bits(few, weight.matrix)
         assert not multiplies_in_4_bits(many, weight.matrix)
         assert not multiplies_in_4_bits(few, nf4_quantize(normal(2, 6, 31).float()).matrix)
         assert not multiplies_in_4_bits(few, weight.matrix, torch.ones(2, 6, requires_grad=True))

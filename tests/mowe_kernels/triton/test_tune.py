@@ -24,7 +24,7 @@ def test_kernels_are_found_right(op):
 def test_every_op_with_kernels_is_tried():
     from mowe_kernels.compile_report import ops
 
-    assert set(ops()) - set(cases(TINY, CPU)) <= {"nf4_dequantize_grouped", "grouped_linear_nf4"}
+    assert set(ops()) == set(cases(TINY, CPU))
 
 
 def leave_unwritten(monkeypatch):
@@ -98,11 +98,25 @@ def test_the_fastest_right_setting_is_chosen(times, chosen):
 def test_tunings_are_of_settings_that_are_looked_up(monkeypatch):
     """What a call asks the device's table for is what the search writes into it."""
     monkeypatch.setattr(_launch, "_describe", lambda *args: None)
-    ops = ("grouped_linear", "grouped_mlp", "varlen_attention", "grouped_conv1d")
+    few_rows = search.few_rows_in_4_bits(CPU, 16, (1, 3))  # quantising needs values
+    monkeypatch.setattr(search, "few_rows_in_4_bits", lambda device: few_rows)
+    found = set()
     with _launch.record(90):
-        for tuning in search.tunings(ops, torch.device("meta"), 48_000):
+        for tuning in search.tunings(cases(TINY, CPU), torch.device("meta"), 48_000):
             assert tuning.candidates
             assert _lookups(tuning) == {f"{tuning.name}, {tuning.key}"}
+            found.add(tuning.name)
+    assert {"gemm_tile", "nf4_tile", "nf4_few_rows"} < found
+
+
+@pytest.mark.parametrize(("figure", "in_loop"), [(0, 0), (2, 1), (3, 2)])
+def test_few_rows_are_multiplied_in_4_bits(monkeypatch, figure, in_loop):
+    monkeypatch.setattr(_launch, "_describe", lambda kernel, *args: kernel.__name__)
+    tuning = search.few_rows_in_4_bits(CPU, 16, (1, 3))
+    assert figure in tuning.candidates
+    with _launch.record(90) as launched, _launch.override(nf4_few_rows=figure):
+        tuning.call()
+    assert launched == ["grouped_gemm_nf4_kernel"] * in_loop + ["grouped_gemm_kernel"] * (2 - in_loop)
 
 
 def _lookups(tuning: Tuning) -> set[str]:
