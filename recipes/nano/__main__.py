@@ -17,7 +17,7 @@ from recipes.nano.jobs import do
 app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
 
 Lab = Annotated[Path, typer.Option(metavar="DIR", help="where data, parts, runs and results go")]
-Workers = Annotated[int, typer.Option(min=1, help="processes at once; each has one thread on the CPU")]
+Workers = Annotated[int, typer.Option(min=1, help="processes at once, each with one thread on the CPU")]
 Only = Annotated[list[str] | None, typer.Option(metavar="NAME", help="this one alone, repeatable")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
 Results = Annotated[Path | None, typer.Option(metavar="DIR", help="result files; those of the lab by default")]

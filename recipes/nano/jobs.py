@@ -1,4 +1,4 @@
-"""Jobs of the lab in processes of their own: several at once on the CPU, one after the other on a GPU."""
+"""Jobs of the lab in processes of their own, several at once. On a GPU too: one small model does not fill it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.progress import track
+
+_GPU_BYTES = 4 << 30  # of its memory for a process, most of it what CUDA and its libraries take
 
 
 def do(what: str, job: Callable[..., None], arguments: Sequence[tuple[Any, ...]], workers: int, device: str) -> None:
@@ -28,9 +30,11 @@ def do(what: str, job: Callable[..., None], arguments: Sequence[tuple[Any, ...]]
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("--device cuda: there is no GPU")
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    if torch.cuda.is_available():
+        workers = max(1, min(workers, torch.cuda.get_device_properties(0).total_memory // _GPU_BYTES))
     context = multiprocessing.get_context("spawn")
     screen = Console(stderr=True)
-    with ProcessPoolExecutor(1 if torch.cuda.is_available() else workers, context, _be_quiet) as pool:
+    with ProcessPoolExecutor(workers, context, _be_quiet) as pool:
         started = time.perf_counter()
         names = {pool.submit(job, *given): " ".join(map(str, given[1:])) for given in arguments}
         for done in track(as_completed(names), f"{what}s", len(names), console=screen):

@@ -16,12 +16,11 @@ from matplotlib import pyplot
 
 from recipes.nano.data import SIZES, TASKS
 from recipes.nano.encoders import SPECIALISTS
-from recipes.nano.runs import RUNS
+from recipes.nano.runs import BEST, LONGER, RUNS, SHIPPED
 
 NOTES = Path(__file__).with_name("notes.md")
 METRICS = {"asr": "wer", "voice": "accuracy", "emotion": "accuracy", "language": "accuracy", "sound": "exact_match"}
 HEADINGS = {task: "ASR, WER" if task == "asr" else task for task in TASKS}
-BEST = "diverse pool, both routers"
 
 Results = dict[str, list[dict[str, Any]]]
 
@@ -35,7 +34,7 @@ def write_report(results: Path, out: Path) -> None:
     draw_scores(found, pictures / "scores.png")
     draw_routing(found[BEST], pictures / "routing.png")
     sections = {
-        "comparison": comparison(found, "test"),
+        "comparison": comparison({**found, "of these, the shipped model": shipped(found)}, "test"),
         "missing": missing(found),
         "recordings": comparison(found, "recordings", ("asr", "voice", "language")),
         "parts": parts_table(parts),
@@ -51,9 +50,15 @@ def write_report(results: Path, out: Path) -> None:
     out.write_text(text, encoding="utf-8")
 
 
+def shipped(found: Results) -> list[dict[str, Any]]:
+    """The result of the run SHIPPED, if it was made."""
+    name, seed = SHIPPED
+    return [result for result in found.get(name, []) if result["seed"] == seed]
+
+
 def missing(found: Results) -> str:
-    """Which of RUNS have no result."""
-    names = [name for name in RUNS if name not in found]
+    """Which of the compared runs have no result."""
+    names = [name for name in RUNS if name not in found and name != LONGER]
     return f"Not run yet: {'; '.join(names)}." if names else "All runs that were planned are in the table."
 
 
@@ -118,7 +123,7 @@ def parts_table(parts: Sequence[dict[str, Any]]) -> str:
 def time_spent(found: Results, parts: Sequence[dict[str, Any]]) -> str:
     whole = [part for part in parts if part["part"] == "all"]
     pretraining = sum(part.get("cpu_seconds", 0) for part in parts)
-    runs = [result["cpu_seconds"] for results in found.values() for result in results]
+    runs = [result["cpu_seconds"] for result in compared(found)]
     text = (
         f"{pretraining / 60:.0f} minutes of one core for pre-training and {sum(runs) / 60:.0f} for the {len(runs)} "
         "compared runs"
@@ -127,13 +132,20 @@ def time_spent(found: Results, parts: Sequence[dict[str, Any]]) -> str:
         device = part["device"].split(",")[0]
         text += f"; all of it, with the clips, {part['wall_seconds'] / 60:.0f} minutes on the clock"
         text += f" ({device}, {part['processes']} processes)"
+    longer = sum(result["cpu_seconds"] for result in found.get(LONGER, []))
+    if longer:
+        text += f"; {longer / 60:.0f} minutes of one core more for those in twice the steps, which `ship` makes"
     return text
+
+
+def compared(found: Results) -> list[dict[str, Any]]:
+    """The results of what `all` makes."""
+    return [result for name, results in found.items() if name != LONGER for result in results]
 
 
 def total_minutes(found: Results, parts: Sequence[dict[str, Any]]) -> float:
     """Of one core, for everything but the clips."""
-    runs = [result for results in found.values() for result in results]
-    return sum(entry.get("cpu_seconds", 0) for entry in (*parts, *runs)) / 60
+    return sum(entry.get("cpu_seconds", 0) for entry in (*parts, *compared(found))) / 60
 
 
 def draw_scores(found: Results, path: Path) -> None:

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import TrainerCallback
@@ -34,24 +34,41 @@ def pool_of(parts: Path, kind: str) -> list[str]:
     return [str(parts / families.get(task, kind) / task) for task in SPECIALISTS]
 
 
-# name: (base, pool, data-independent slots, data-dependent slots, seeds)
-RUNS: dict[str, tuple[str, str, int, int, int]] = {
-    "base only": ("base", "silent", 1, 0, 3),
-    "diverse pool, both routers": ("base", "diverse", 1, 1, 3),
-    "larger base only": ("large", "silent", 1, 0, 1),
-    "uniform pool, both routers": ("base", "uniform", 1, 1, 1),
-    "diverse pool, all encoders on": ("base", "diverse", 4, 0, 1),
-    "diverse pool, data-independent slot": ("base", "diverse", 1, 0, 1),
-    "diverse pool, data-dependent slot": ("base", "diverse", 0, 1, 1),
-    "untrained pool, both routers": ("base", "untrained", 1, 1, 1),
+class Run(NamedTuple):
+    """What listens in a compared run: a base and a pool of the lab's parts, and how many slots of each router.
+
+    seeds: how many times it is made, with seeds from 0. steps: of training; those of train.yaml without.
+    """
+
+    base: str
+    pool: str
+    independent: int
+    dependent: int
+    seeds: int = 1
+    steps: int | None = None
+
+
+BEST = "diverse pool, both routers"
+LONGER = f"{BEST}, twice the steps"
+SHIPPED = LONGER, 1
+
+RUNS = {
+    "base only": Run("base", "silent", 1, 0, seeds=3),
+    BEST: Run("base", "diverse", 1, 1, seeds=3),
+    "larger base only": Run("large", "silent", 1, 0),
+    "uniform pool, both routers": Run("base", "uniform", 1, 1),
+    "diverse pool, all encoders on": Run("base", "diverse", 4, 0),
+    "diverse pool, data-independent slot": Run("base", "diverse", 1, 0),
+    "diverse pool, data-dependent slot": Run("base", "diverse", 0, 1),
+    "untrained pool, both routers": Run("base", "untrained", 1, 1),
+    LONGER: Run("base", "diverse", 1, 1, seeds=2, steps=2400),
 }
-SHIPPED = "diverse pool, both routers", 0
 
 
 def jobs() -> list[tuple[str, int]]:
-    """(run, seed), the most important ones first."""
-    most = max(seeds for *_, seeds in RUNS.values())
-    return [(name, seed) for seed in range(most) for name, run in RUNS.items() if seed < run[-1]]
+    """(run, seed) of the comparison, the most important ones first. Those in twice the steps are made by `ship`."""
+    most = max(run.seeds for run in RUNS.values())
+    return [(name, seed) for seed in range(most) for name, run in RUNS.items() if seed < run.seeds and name != LONGER]
 
 
 def folder_name(name: str, seed: int) -> str:
@@ -63,18 +80,20 @@ def run(lab: Path, name: str, seed: int) -> None:
     result = lab / "results" / f"{folder_name(name, seed)}.json"
     if result.exists():
         return
-    base, pool, independent, dependent, _ = RUNS[name]
+    made_of = RUNS[name]
     parts, output = lab / "parts", lab / "runs" / folder_name(name, seed)
     overrides = {
-        "model.audio_tower": parts / base,
-        "model.pool": json.dumps(pool_of(parts, pool)),
+        "model.audio_tower": parts / made_of.base,
+        "model.pool": json.dumps(pool_of(parts, made_of.pool)),
         "model.language_model": parts / "language_model",
-        "model.settings.num_independent_slots": independent,
-        "model.settings.num_dependent_slots": dependent,
+        "model.settings.num_independent_slots": made_of.independent,
+        "model.settings.num_dependent_slots": made_of.dependent,
         "data.train.0.manifest": lab / "data" / "train.jsonl",
         "output": output,
         "seed": seed,
     }
+    if made_of.steps:
+        overrides["stages.0.steps"] = made_of.steps
     config = read_config(CONFIG, [f"{field}={value}" for field, value in overrides.items()])
     losses = Losses()
     wall, cpu = time.perf_counter(), time.process_time()
@@ -95,7 +114,7 @@ def run(lab: Path, name: str, seed: int) -> None:
             "run": name,
             "seed": seed,
             "parameters": {"base": count(model.audio_tower), "pool": count(model.model.mixture.pool)},
-            "slots": {"independent": independent, "dependent": dependent},
+            "slots": {"independent": made_of.independent, "dependent": made_of.dependent},
             "scores": reports,
             "routing": routing(model, processor, lab / "data"),
             "losses": losses.seen,

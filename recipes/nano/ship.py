@@ -11,19 +11,17 @@ import torch
 from mowe import MoweForConditionalGeneration, MoweProcessor
 from mowe.data import read_manifest
 from mowe.evaluation import evaluate
-from mowe.training import read_config, train
 from recipes.nano.data import SIZES
-from recipes.nano.memo import RememberFrozen
-from recipes.nano.runs import NEW_TOKENS, SHIPPED, folder_name
+from recipes.nano.runs import LONGER, NEW_TOKENS, RUNS, SHIPPED, folder_name, run
 
-CARD, CONFIG = (Path(__file__).with_name(name) for name in ("card.md", "shipped.yaml"))
+CARD = Path(__file__).with_name("card.md")
 
 
 def ship(lab: Path, out: Path) -> None:
-    """Train on from the run SHIPPED, and write the model into `out`, in float16, with scores.json and README.md."""
-    trained = lab / "runs" / "shipped" / "model"
-    if not trained.exists():
-        train_on(lab)
+    """Make the runs LONGER, and write the model of SHIPPED into `out`, in float16, with scores.json and README.md."""
+    for seed in range(RUNS[LONGER].seeds):
+        run(lab, LONGER, seed)
+    trained = lab / "runs" / folder_name(*SHIPPED) / "model"
     MoweForConditionalGeneration.from_pretrained(trained, dtype=torch.float16).save_pretrained(out)
     MoweProcessor.from_pretrained(trained).save_pretrained(out)
     _forget_folders(out / "config.json")
@@ -57,16 +55,3 @@ def _forget_folders(config: Path) -> None:
 
     settings = kept(json.loads(config.read_text(encoding="utf-8")))
     config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def train_on(lab: Path) -> None:
-    """The second half of the shipped model's training."""
-    runs = lab / "runs"
-    before, start = runs / folder_name(*SHIPPED) / "model", runs / "shipped-start"
-    model = MoweForConditionalGeneration.from_pretrained(before, dtype="float32")
-    model.config.router_noise = 0.0
-    model.save_pretrained(start)
-    MoweProcessor.from_pretrained(before).save_pretrained(start)
-    fields = {"model": start, "output": runs / "shipped", "data.train.0.manifest": lab / "data" / "train.jsonl"}
-    config = read_config(CONFIG, [f"{field}={value}" for field, value in fields.items()])
-    train(config, resume=Path(config.output).exists(), callbacks=[RememberFrozen()])
