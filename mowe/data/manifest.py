@@ -86,12 +86,14 @@ def read_manifest(
     path: str | os.PathLike[str],
     tasks: Collection[str] | None = None,
     skip_bad: bool = False,
+    decode: bool = False,
     track: Callable[[Sequence[Any]], Iterable[Any]] = iter,
 ) -> Manifest:
     """Read a JSONL manifest or a folder of `datasets`, and look at the beginning and the end of every clip.
 
-    tasks: the ones that may occur; any by default. skip_bad: leave out lines that cannot be used. track: wraps the
-    list of clips while they are looked at, for a progress bar.
+    tasks: the ones that may occur; any by default. skip_bad: leave out lines that cannot be used. decode: look at all
+    of every clip, so that damage in the middle is found too. track: wraps the list of clips while they are looked at,
+    for a progress bar.
     Raises DataError for a manifest that cannot be read, for bad lines (the first few and their number), and where no
     line is left.
     """
@@ -104,8 +106,9 @@ def read_manifest(
             found.append(_as_example(row, line, path, tasks))
         except DataError as error:
             problems[line] = str(error)
+    look = _decoded_samples if decode else Example.count_samples
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        jobs: list[tuple[Example, Future[int]]] = [(e, threads.submit(e.count_samples)) for e in found]
+        jobs: list[tuple[Example, Future[int]]] = [(e, threads.submit(look, e)) for e in found]
         examples = []
         for example, job in track(jobs):
             try:
@@ -118,6 +121,10 @@ def read_manifest(
     if not examples:
         raise DataError(f"{path}: no {word} that can be used" + (f": {_first_of(told)}" if told else ", it is empty"))
     return Manifest(path, tuple(examples), tuple(told))
+
+
+def _decoded_samples(example: Example) -> int:
+    return len(example.waveform())
 
 
 def _first_of(problems: list[str]) -> str:

@@ -47,7 +47,7 @@ class DataConfig:
 
     batch_frames: the most frames of the base encoder (50 a second, 1500 a window in context "window") that a batch of
     one process holds. batch_clips: the most clips. workers: processes that decode audio. skip_bad: go on without the
-    lines that cannot be used.
+    lines that cannot be used. decode_first: look for these by decoding all of every clip, not its beginning and end.
     """
 
     train: list[ManifestConfig]
@@ -58,6 +58,7 @@ class DataConfig:
     batch_clips: int | None = None
     workers: int = 2
     skip_bad: bool = False
+    decode_first: bool = False
 
     def check(self) -> None:
         if not self.train:

@@ -120,13 +120,17 @@ class _Run:
         return TrainResult(model, [_last_entries(entries, stage) for stage in stages], self.skipped)
 
     def _read(self, path: str, track: Track) -> Manifest:
-        """One process decodes the clips, all have the manifest, or the error."""
+        """One process looks at the clips, all have the manifest, or the error."""
         data = self.config.data
         found: Any = None
         if self.world.is_main_process:
             try:
                 found = read_manifest(
-                    path, data.tasks, data.skip_bad, lambda jobs: track(jobs, f"checking {Path(path).name}")
+                    path,
+                    data.tasks,
+                    data.skip_bad,
+                    data.decode_first,
+                    lambda clips: track(clips, f"checking {Path(path).name}"),
                 )
             except MoweError as error:
                 found = error

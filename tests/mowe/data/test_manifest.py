@@ -146,6 +146,20 @@ def test_skipped_lines_are_counted_and_told(folder: Path, bad: list[Any]) -> Non
         assert told.startswith(f"line {line}: ") and expected in told
 
 
+def test_damage_in_the_middle_is_found_by_decoding(folder: Path) -> None:
+    samples = np.zeros(8_000, np.float32)
+    samples[4_000] = np.nan
+    soundfile.write(folder / "nan.wav", samples, 16_000, subtype="FLOAT")
+    flac = bytearray((folder / "clips" / "b.flac").read_bytes())
+    middle = len(flac) // 2
+    flac[middle : middle + 2_000] = bytes(2_000)
+    (folder / "damaged.flac").write_bytes(flac)
+    path = write(folder / "m.jsonl", [ROWS[0], *({**ROWS[0], "audio": name} for name in ("nan.wav", "damaged.flac"))])
+    assert len(read_manifest(path)) == 3
+    assert fails(path, decode=True).startswith("2 bad of 3 lines: line 2: ")
+    assert [e.line for e in read_manifest(path, skip_bad=True, decode=True)] == [1]
+
+
 def test_a_manifest_that_cannot_be_used_at_all(folder: Path, bad: list[Any]) -> None:
     assert fails(folder / "none.jsonl") == "the manifest cannot be read (No such file or directory)"
     assert fails(write(folder / "m.jsonl", [b"", b" "])) == "no line that can be used, it is empty"
