@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,9 +129,11 @@ def _convolve(
         for part, unfolded in windows(pad_frames(x, padding, frames, taps, stride), frames, taps, stride):
             yield part, linear(unfolded, weight.flatten(1), bias, activation)
     else:  # windows are no runs of memory: left to torch
-        image = _image(pad_frames(x, padding, _round_up(frames), taps, stride))
-        result = torch.nn.functional.conv2d(image, _filters(weight), bias, (1, stride), groups=groups)
-        y = _frames(result)[:frames]
+        image, filters, shift = _right_in_groups(
+            _image(pad_frames(x, padding, _round_up(frames), taps, stride)), _filters(weight), bias
+        )
+        result = torch.nn.functional.conv2d(image, filters, shift, (1, stride), groups=groups)
+        y = _frames(result)[:frames].to(x.dtype)
         yield slice(0, frames), activate(y, activation)
 
 
@@ -147,16 +150,28 @@ def _convolve_groups_backward(
 ) -> Tensor | None:
     """Gradient of x, if needed; that of weight is added to grad_weight, if given."""
     frames, need_weight = _round_up(grad.shape[0]), grad_weight is not None
-    filters = _filters(weight)
-    grad_image, grad_filters, _ = torch.ops.aten.convolution_backward(
+    grad_output, image, filters = _right_in_groups(
         _image(pad_frames(grad, 0, frames, 1, 1)),
         _image(pad_frames(x, padding, frames, weight.shape[1], stride)),
+        _filters(weight),
+    )
+    grad_image, grad_filters, _ = torch.ops.aten.convolution_backward(
+        grad_output,
+        image,
         filters.contiguous() if need_weight else filters,  # with channels last, torch's float64 gradient is wrong
         None, (1, stride), (0, 0), (1, 1), False, (0, 0), groups, (need_x, need_weight, False),
     )  # fmt: skip
     if need_weight:
         grad_weight += grad_filters[:, :, 0].mT
     return unpad_frames(_frames(grad_image), padding, x.shape[0]) if need_x else None
+
+
+def _right_in_groups(*tensors: Any) -> list[Any]:
+    """The tensors in a type that torch convolves rightly in groups: in bfloat16, oneDNN does not on CPUs with AMX where
+    a group is narrow.
+    """
+    wrong = tensors[0].device.type == "cpu" and tensors[0].dtype == torch.bfloat16
+    return [tensor.float() if wrong and tensor is not None else tensor for tensor in tensors]
 
 
 def _round_up(frames: int) -> int:
