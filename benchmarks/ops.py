@@ -7,22 +7,26 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv1d, gelu, grouped_mm, layer_norm, linear, scaled_dot_product_attention
+from torch.nn.functional import conv1d, embedding, gelu, grouped_mm, layer_norm, linear, scaled_dot_product_attention
 
 from benchmarks import rivals
 from benchmarks.workloads import Workload
 from mowe_kernels import (
+    FamilyPlan,
     PackLayout,
     PackPlan,
     grouped_conv1d,
     grouped_layer_norm,
     grouped_linear,
     grouped_mlp,
+    route_topk,
+    use_backend,
     varlen_attention,
 )
+from mowe_kernels.plan import device_lengths
 
 WIDTH, HEADS, MELS = 384, 6, 80  # Whisper-tiny's
-NUM_OPS = 5
+NUM_OPS = 6
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class OpCase:
 
     inputs: what gradients are asked of. own: the inputs of a rival that takes them in another shape, and how the
     gradients of those become the others'. flops, moved: multiplications and additions, and bytes read and written,
-    that no implementation of the forward can do without; times: how much more of them the backward alone needs.
+    that no implementation of the forward can do without; times: how much more of them the backward alone needs. beside:
+    what is timed with the forward though it gives something else: the same arithmetic at its simplest.
     """
 
     subject: str
@@ -41,6 +46,7 @@ class OpCase:
     moved: float
     times: float = 2.0
     own: dict[str, tuple[Sequence[Tensor], Callable[[Tensor], Tensor]]] = field(default_factory=dict)
+    beside: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
 
     def backward(self, name: str) -> Callable[[], Sequence[Tensor]]:
         """The gradients of all inputs, of a forward that has already run."""
@@ -84,13 +90,15 @@ def cases(workload: Workload) -> Iterator[OpCase]:
         f"grouped_linear with GELU, {count} rows, {WIDTH} to {4 * WIDTH}",
         {
             "loop": lambda: by_encoder(lambda e, part: gelu(linear(part, fc1[e], fc1_bias[e]))),
-            "grouped_mm": lambda: gelu(grouped_mm(x, fc1.mT, offs=offsets[1:]) + fc1_bias[encoder]),
+            # By `embedding`, as the gradient of an index adds up in 16 bits and is wrong after some thousand rows.
+            "grouped_mm": lambda: gelu(grouped_mm(x, fc1.mT, offs=offsets[1:]) + embedding(encoder, fc1_bias)),
             **rivals.linears(x, fc1, fc1_bias, offsets),
             "packed": lambda: grouped_linear(x, fc1, fc1_bias, offsets, activation="gelu"),
         },
         (x, fc1, fc1_bias),
         flops=2 * count * 4 * WIDTH * WIDTH,
         moved=size * (count * 5 * WIDTH + fc1.numel()),
+        beside={"dense": lambda: x @ fc1[0].T},
     )
     experts = rivals.experts(fc1, fc1_bias, fc2, fc2_bias, offsets)
     yield OpCase(
@@ -138,6 +146,7 @@ def cases(workload: Workload) -> Iterator[OpCase]:
         flops=2 * 3 * frames.num_rows * MELS * WIDTH,
         moved=size * (frames.num_rows * (MELS + WIDTH) + stem.numel()),
     )  # fmt: skip
+    yield _routing(randn(len(clips) // workload.top_k, encoders).float(), workload)
 
 
 def _attention(qkv: Tensor, cu_seqlens: Tensor, longest: int) -> OpCase:
@@ -168,9 +177,36 @@ def _attention(qkv: Tensor, cu_seqlens: Tensor, longest: int) -> OpCase:
     )
 
 
-def _plan(workload: Workload):
+def _routing(logits: Tensor, workload: Workload) -> OpCase:
+    """The choice of every clip, and where its rows go."""
+    layout, lengths = _layout(workload), device_lengths(_lengths(workload), logits.device)
+    slots = {"top_k": workload.top_k, "top_k_independent": 0}
+    plan = {"lengths": lengths, "rank": layout.rank, "level_bounds": layout.level_bounds}
+
+    def by_torch() -> Tensor:
+        with use_backend("reference"):
+            return route_topk(logits, None, **slots, **plan)[0]
+
+    return OpCase(
+        f"route_topk, {len(logits)} clips, {workload.top_k} of {workload.num_encoders} encoders",
+        {"reference": by_torch, "packed": lambda: route_topk(logits, None, **slots, **plan)[0]},
+        (logits,),
+        flops=0.0,
+        moved=4 * (logits.numel() + lengths.numel() + 8 * len(logits) * workload.top_k),
+    )
+
+
+def _plan(workload: Workload) -> FamilyPlan:
     """The plan of a pool of Whisper encoders for the workload's routing: log-mel frames, then frames at 50 Hz."""
+    indices = torch.tensor(workload.indices, device=workload.device)
+    return PackPlan.build(indices, _lengths(workload), _layout(workload)).family(0)
+
+
+def _layout(workload: Workload) -> PackLayout:
+    return PackLayout.build([0] * workload.num_encoders, [2], torch.device(workload.device))
+
+
+def _lengths(workload: Workload) -> list[list[int]]:
+    """Of each clip at each level."""
     frames = [round(seconds * 100) for seconds in workload.seconds]
-    layout = PackLayout.build([0] * workload.num_encoders, [2], torch.device(workload.device))
-    lengths = [frames, [-(-f // 2) for f in frames]]
-    return PackPlan.build(torch.tensor(workload.indices, device=workload.device), lengths, layout).family(0)
+    return [frames, [-(-f // 2) for f in frames]]

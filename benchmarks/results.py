@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import ROOT
+from mowe_kernels.tune import driver
 
 SCHEMA = 3
 _PACKAGES = ("torch", "triton", "transformers", "bitsandbytes", "numpy")
@@ -51,6 +52,7 @@ def machine(threads: int, gpu: bool) -> dict[str, Any]:
     """The machine, the versions and the state of the sources."""
     return {
         "device": torch.cuda.get_device_name() if gpu else _cpu_model(),
+        **({"driver": driver()} if gpu else {}),
         "cores": os.cpu_count(),
         "threads": threads,
         "python": platform.python_version(),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from benchmarks.catalogue import ALL
 from benchmarks.clock import DeviceClock, host_seconds
@@ -13,6 +14,7 @@ from benchmarks.floors import Roofs, pool_flops
 from benchmarks.measure import TOLERANCES, Track, outputs_agree, prepare, speedups, spread, take_turns
 from benchmarks.memory import peak_memory
 from benchmarks.ops import NUM_OPS, cases
+from benchmarks.providers import Outputs
 from benchmarks.results import Result
 from benchmarks.workloads import Workload
 
@@ -168,7 +170,8 @@ def compare_ops(
 ) -> list[Result]:
     """Every op of a Whisper-tiny layer, or only one by its number, against its rivals, forward, then backward.
 
-    On a GPU a rival that fails is left out. Raises OutputsDifferError before an op is timed.
+    On a GPU a rival that fails, or gives something else, is left out, but not the baseline. Raises OutputsDifferError
+    before an op is timed.
     """
     torch.set_num_threads(threads)
     clock = DeviceClock() if workload.device == "cuda" else host_seconds
@@ -176,24 +179,23 @@ def compare_ops(
     for number, case in zip(track(range(NUM_OPS)), cases(workload), strict=True):
         if only not in (None, number):
             continue
+        baseline = next(iter(case.runs))
         for mode, make, times in (("forward", case.runs.__getitem__, 1.0), ("backward", case.backward, case.times)):
-            runs, outputs = {}, {}
+            ours = make("packed")
+            expected, runs = _as_outputs(ours()), {}
             for name in case.runs:
+                title = f"{case.subject}, {mode}: {name}"
                 try:
-                    run = make(name)
-                    outputs[name] = run()
+                    run = ours if name == "packed" else make(name)
+                    outputs_agree(title, _as_outputs(run()), expected, TOLERANCES[workload.torch_dtype])
                     runs[name] = run
                 except Exception as error:
-                    if workload.device != "cuda" or name == "packed":
+                    if workload.device != "cuda" or name in ("packed", baseline):
                         raise
-                    print(f"{case.subject}, {mode}: {name} left out, {type(error).__name__}: {error}")
-            outputs = {name: [[out] if isinstance(out, torch.Tensor) else out] for name, out in outputs.items()}
-            for name in runs:
-                title = f"{case.subject}, {mode}: {name}"
-                outputs_agree(title, outputs[name], outputs["packed"], TOLERANCES[workload.torch_dtype])
-            del outputs
+                    print(f"{title} left out, {type(error).__name__}: {error}")
+            del expected
+            runs |= case.beside if mode == "forward" else {}
             seconds = take_turns(runs, rounds, clock=clock)
-            baseline = next(iter(runs))
             results += [
                 Result(
                     subject=case.subject,
@@ -209,6 +211,10 @@ def compare_ops(
                 for name in runs
             ]
     return results
+
+
+def _as_outputs(result: Tensor | Sequence[Tensor]) -> Outputs:
+    return [[result] if isinstance(result, Tensor) else [*result]]
 
 
 def missing(comparisons: Sequence[Comparison]) -> dict[str, str]:

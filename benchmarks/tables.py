@@ -61,7 +61,8 @@ def machine(report: dict[str, Any]) -> str:
     """The device and what ran on it."""
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     dtypes = ", ".join(dict.fromkeys(r["dtype"] for r in report["results"] if r["dtype"] != "nf4"))
-    return f"{report['device']}, {report['threads']} threads, {dtypes}, random weights; {versions}"
+    driver = f", driver {report['driver']}" if "driver" in report else ""
+    return f"{report['device']}{driver}, {report['threads']} threads, {dtypes}, random weights; {versions}"
 
 
 def fill(page: Path, text: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mowe_kernels.triton._device import add_product
 from mowe_kernels.triton._epilogue import write
 from mowe_kernels.triton._gemm import halves
 from mowe_kernels.triton._sequences import find_sequence, overlapping
@@ -91,7 +92,7 @@ def grouped_conv1d_fwd_kernel(
         b_k = k + tl.arange(0, BK)
         b_x = load_windows(p_frames, b_m * (STRIDE * C), b_t * STRIDE - PADDING, frames_in, k, K, C, CG, 1, BK)
         b_w = tl.load(p_columns + b_k[:, None], mask=(b_k < K)[:, None] & (b_ng < NG)[None, :], other=0.0)
-        acc = tl.dot(b_x, b_w, acc, input_precision="ieee")
+        acc = add_product(acc, b_x, b_w)
     here = (row + first).to(tl.int64) * N
     there = encoder.to(tl.int64) * max_positions + first
     left, right = halves(acc)
@@ -177,7 +178,7 @@ def grouped_conv1d_bwd_x_kernel(
                     mask=(b_k < columns)[:, None] & (b_c < CG)[None, :],
                     other=0.0,
                 )
-                acc = tl.dot(b_g, b_w, acc, input_precision="ieee")
+                acc = add_product(acc, b_g, b_w)
     b_at = b_m[:, None] * (STRIDE * C) + (group * CG + b_c)[None, :]
     b_there = (b_frame < frames)[:, None] & (b_c < CG)[None, :]
     tl.store(p_grad_x + low.to(tl.int64) * C + b_at, acc.to(p_grad_x.dtype.element_ty), mask=b_there)
@@ -247,7 +248,7 @@ def grouped_conv1d_bwd_weight_kernel(
             b_x = load_windows(
                 p_frames, b_k * (STRIDE * C), b_t * STRIDE - PADDING, frames_in, column, K, C, CG, 1, BC
             )  # fmt: skip
-            acc = tl.dot(tl.trans(b_g), b_x, acc, input_precision="ieee")
+            acc = add_product(acc, tl.trans(b_g), b_x)
             if p_grad_bias is not None:
                 b_sum += tl.sum(b_g.to(tl.float32), 0)
     at = (split * E + encoder).to(tl.int64) * N

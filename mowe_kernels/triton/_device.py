@@ -47,6 +47,17 @@ def gelu_grad(x, NARROW: tl.constexpr = False):
 
 
 @triton.jit
+def add_product(acc, a, b):
+    """acc + a @ b, float32.
+
+    In float32 one long chain of additions would lose more than BLAS does, so the product is summed up on its own first;
+    a plain addition of it Triton would make part of the chain again.
+    """
+    narrow: tl.constexpr = a.dtype != tl.float32
+    return tl.dot(a, b, acc) if narrow else tl.fma(tl.dot(a, b, input_precision="ieee"), 1.0, acc)
+
+
+@triton.jit
 def find_tile(p_offsets, tile, tile_rows, E: tl.constexpr, BE: tl.constexpr):
     """(group, first row, one past the group's last row) of a tile; first >= last where the tile has no rows.
 

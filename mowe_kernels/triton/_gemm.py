@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mowe_kernels.triton._device import find_tile, gelu, gelu_grad
+from mowe_kernels.triton._device import add_product, find_tile, gelu, gelu_grad
 
 
 @triton.jit
@@ -115,7 +115,7 @@ def grouped_gemm_kernel(
             b_w = load_block(w, group * K + k, col, group * K + K, N, BK, BN, TMA)
         else:
             b_w = load_block(w, group * N + col, k, group * N + N, K, BN, BK, TMA).T
-        acc = tl.dot(b_a, b_w, acc, input_precision="ieee")
+        acc = add_product(acc, b_a, b_w)
     left, right = halves(acc)
     quarters = halves(left) + halves(right)
     for i in tl.static_range(4):
@@ -175,7 +175,7 @@ def grouped_wgrad_kernel(
         for row in range(start, end, BM):
             b_g = load_block(p_g, row, n, end, N, BM, BN, False)
             b_x = load_block(p_x, row, k, end, K, BM, BK, False)
-            acc = tl.dot(b_g.T, b_x, acc, input_precision="ieee")
+            acc = add_product(acc, b_g.T, b_x)
         ks = k + tl.arange(0, BK)
         at, there = ns[:, None] * K + ks[None, :], (ns < N)[:, None] & (ks < K)[None, :]
         store_sum(acc, p_weight_parts, p_weight, at, there, group, part, in_parts, N * K)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mowe_kernels.triton._device import add_product
 from mowe_kernels.triton._epilogue import write
 from mowe_kernels.triton._gemm import halves
 from mowe_kernels.triton._mixture_tables import ABSENT, COUNTS, TABLES, floor_div
@@ -39,7 +40,7 @@ def project(
         b_x = gather(p_x, b_source, c, D, BK)
         b_there = (b_n < N)[None, :] & (b_c < D)[:, None]
         b_w = tl.load(p_columns + (tap * D + b_c)[:, None], mask=b_there, other=0.0)
-        acc = tl.dot(b_x, b_w, acc, input_precision="ieee")
+        acc = add_product(acc, b_x, b_w)
     return acc
 
 
@@ -153,7 +154,7 @@ def mixture_project_bwd_features_kernel(
         b_g = gather(p_grad, b_origin, n, N, BK)
         b_at = b_n[:, None] * (TAPS * D) + (phase + back * STRIDE) * D
         b_w = tl.load(p_columns + b_at, mask=(b_n < N)[:, None] & (b_c < D)[None, :], other=0.0)
-        acc = tl.dot(b_g, b_w, acc, input_precision="ieee")
+        acc = add_product(acc, b_g, b_w)
     b_at = (slot * frames.to(tl.int64) + b_target)[:, None] * D + b_c[None, :]
     tl.store(p_out + b_at, acc.to(p_out.dtype.element_ty), mask=(b_target >= 0)[:, None] & (b_c < D)[None, :])
 
@@ -198,7 +199,7 @@ def mixture_project_bwd_weight_kernel(
         b_x = gather(p_x, b_source, col, D, BC)
         b_at = b_row.to(tl.int64)[:, None] * N + b_n[None, :]
         b_g = tl.load(p_rows + b_at, mask=(b_row < rows)[:, None] & (b_n < N)[None, :], other=0.0)
-        acc = tl.dot(tl.trans(b_g), b_x, acc, input_precision="ieee")
+        acc = add_product(acc, tl.trans(b_g), b_x)
     b_at = ((slot * N + b_n) * TAPS + tap).to(tl.int64)[:, None] * D + b_c[None, :]
     b_there = (b_n < N)[:, None] & (b_c < D)[None, :]
     tl.store(p_grad_weight + b_at, acc.to(p_grad_weight.dtype.element_ty), mask=b_there)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mowe_kernels.triton._device import find_tile, gelu
+from mowe_kernels.triton._device import add_product, find_tile, gelu
 from mowe_kernels.triton._gemm import finish, halves, load_block
 
 
@@ -92,14 +92,14 @@ def grouped_mlp_fwd_kernel(
         pre = tl.zeros((BM, BF), dtype=tl.float32)
         for i in tl.static_range(pieces):
             b_w = load_block(fc1, group * F + f, i * BD, group * F + F, D, BF, BD, TMA)
-            pre = tl.dot(hs[i], b_w.T, pre, input_precision="ieee")
+            pre = add_product(pre, hs[i], b_w.T)
         fs = f + tl.arange(0, BF)
         pre += tl.load(p_fc1_bias + group * F + fs, mask=fs < F, other=0.0).to(tl.float32)[None, :]
         hidden = gelu(pre, p_out.dtype.element_ty != tl.float32).to(hs[0].dtype)
         sums = ()
         for i in tl.static_range(pieces):
             b_w = load_block(fc2, group * D + i * BD, f, group * D + D, F, BD, BF, TMA)
-            sums += (tl.dot(hidden, b_w.T, accs[i], input_precision="ieee"),)
+            sums += (add_product(accs[i], hidden, b_w.T),)
         accs = sums
     for i in tl.static_range(pieces):
         left, right = halves(accs[i])

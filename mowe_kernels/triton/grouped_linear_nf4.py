@@ -13,7 +13,7 @@ from torch import Tensor
 from mowe_kernels.reference.nf4_nested import NESTED_BLOCKSIZE
 from mowe_kernels.reference.nf4_quantize import NF4_CODE
 from mowe_kernels.triton._compilation import Compilation
-from mowe_kernels.triton._device import find_tile
+from mowe_kernels.triton._device import add_product, find_tile
 from mowe_kernels.triton._gemm import finish, load_block
 from mowe_kernels.triton._launch import (
     Tuning,
@@ -134,7 +134,7 @@ def grouped_gemm_nf4_kernel(
         b_first = tl.load(p_code + (b_codes >> 4)) * b_scale
         b_second = tl.load(p_code + (b_codes & 15)) * b_scale
         b_w = tl.join(b_first, b_second).reshape(BN, BK).to(b_x.dtype)
-        acc = tl.dot(b_x, b_w.T, acc, input_precision="ieee")
+        acc = add_product(acc, b_x, b_w.T)
     finish(acc, p_bias, p_residual, None, None, None, p_out, group, row, stop, col, N, GELU)
 
 

@@ -20,6 +20,7 @@ import torch
 
 from mowe_kernels import tables, use_backend
 from mowe_kernels.tables import AttentionChoice, DeviceTable
+from mowe_kernels.tune import driver
 from mowe_kernels.tune.accuracy import errors, poisoned
 from mowe_kernels.tune.cases import Case, Size, cases
 
@@ -161,8 +162,8 @@ def _shortly(error: Exception) -> str:
 def versions() -> dict[str, str]:
     import triton
 
-    driver = str(torch._C._cuda_getDriverVersion()) if torch.cuda.is_available() else "none"
-    return {"torch": torch.__version__, "triton": triton.__version__, "cuda": str(torch.version.cuda), "driver": driver}
+    made_with = {"torch": torch.__version__, "triton": triton.__version__, "cuda": str(torch.version.cuda)}
+    return made_with | {"driver": driver()}
 
 
 if __name__ == "__main__":
