@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-_SHORT = 100e-6  # seconds under which launching would be measured in the place of running
-_WARM_UP = 3
+_SLEEP = 10_000_000  # cycles, 5 to 8 ms
 
 
 def now() -> float:
@@ -29,41 +28,19 @@ def host_seconds(run: Callable[[], Any]) -> float:
 class DeviceClock:
     """Seconds of a run on the GPU alone, its L2 cache filled with something else before every run.
 
-    What takes less than 100 us is captured in a CUDA graph and replayed, where it can be captured.
+    The GPU sleeps first, while the host asks for what the run needs: not to launch is measured but to run.
     """
 
     def __init__(self) -> None:
         size = torch.cuda.get_device_properties().L2_cache_size
         self._other = torch.empty(4 * size, dtype=torch.uint8, device="cuda")
-        self._graphs: dict[Callable[[], Any], Callable[[], Any]] = {}
 
     def __call__(self, run: Callable[[], Any]) -> float:
-        if run not in self._graphs:
-            self._graphs[run] = _captured(run) if self._seconds(run) < _SHORT else run
-        return self._seconds(self._graphs[run])
-
-    def _seconds(self, run: Callable[[], Any]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(_SLEEP)
         self._other.zero_()
         start.record()
         run()
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3
-
-
-def _captured(run: Callable[[], Any]) -> Callable[[], Any]:
-    """The run as a graph; as it is where it waits for the device, which no graph can hold."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(_WARM_UP):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            run()
-    except RuntimeError:
-        return run
-    return graph.replay

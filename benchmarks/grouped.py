@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, grouped_mm, layer_norm, pad, scaled_dot_product_attention
 
-from benchmarks.providers import Outputs, Provider, Run, pairs, shared_pool
+from benchmarks.providers import Outputs, Provider, Run, shared_pool
 from benchmarks.workloads import Workload
 from mowe.audio import AudioBatch
 from mowe.families import ClipFeatures
@@ -34,7 +34,7 @@ def packed_by_torch(workload: Workload) -> Run:
         part = plan.family(0)
         frames, starts = family.inputs(features)
         rows = encode(family, frames.to(family.dtype), starts[part.clip], part, varlen if on_gpu else by_sequence)
-        return pairs(workload, PoolOutput((rows,), plan))
+        return PoolOutput((rows,), plan).pairs()
 
     return run
 

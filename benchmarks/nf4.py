@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from torch import nn
 
 import mowe
-from benchmarks.providers import Outputs, Provider, Run, loop, pairs
+from benchmarks.providers import Outputs, Provider, Run, loop
 from benchmarks.workloads import Workload
 from mowe.families import Context
 
@@ -18,7 +18,7 @@ def packed_nf4(workload: Workload, context: Context | None = None) -> Run:
     waveforms = workload.waveforms()
 
     def run() -> Outputs:
-        return pairs(workload, pool.encode(waveforms, workload.indices, context or workload.context))
+        return pool.encode(waveforms, workload.indices, context or workload.context).pairs()
 
     return run
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from mowe_kernels import (
 from mowe_kernels.plan import device_lengths
 
 WIDTH, HEADS, MELS = 384, 6, 80  # Whisper-tiny's
-NUM_OPS = 6
+NUM_OPS = 7
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,7 @@ def cases(workload: Workload) -> Iterator[OpCase]:
     frames, rows = plan.levels
     count, encoders, size = (rows.num_rows, workload.num_encoders, workload.torch_dtype.itemsize)
     offsets = rows.group_offsets
-    encoder = torch.arange(encoders, device=workload.device).repeat_interleave(offsets.diff())
-    bounds = list(zip(offsets.tolist(), offsets.tolist()[1:], strict=False))
+    bounds = list(pairwise(offsets.tolist()))
     x = randn(count, WIDTH)
     fc1, fc1_bias = randn(encoders, 4 * WIDTH, WIDTH, scale=0.05), randn(encoders, 4 * WIDTH)
     fc2, fc2_bias = randn(encoders, WIDTH, 4 * WIDTH, scale=0.05), randn(encoders, WIDTH)
@@ -86,20 +86,8 @@ def cases(workload: Workload) -> Iterator[OpCase]:
     def mlp(e: int, part: Tensor) -> Tensor:
         return part + linear(gelu(linear(norm(e, part), fc1[e], fc1_bias[e])), fc2[e], fc2_bias[e])
 
-    yield OpCase(
-        f"grouped_linear with GELU, {count} rows, {WIDTH} to {4 * WIDTH}",
-        {
-            "loop": lambda: by_encoder(lambda e, part: gelu(linear(part, fc1[e], fc1_bias[e]))),
-            # By `embedding`, as the gradient of an index adds up in 16 bits and is wrong after some thousand rows.
-            "grouped_mm": lambda: gelu(grouped_mm(x, fc1.mT, offs=offsets[1:]) + embedding(encoder, fc1_bias)),
-            **rivals.linears(x, fc1, fc1_bias, offsets),
-            "packed": lambda: grouped_linear(x, fc1, fc1_bias, offsets, activation="gelu"),
-        },
-        (x, fc1, fc1_bias),
-        flops=2 * count * 4 * WIDTH * WIDTH,
-        moved=size * (count * 5 * WIDTH + fc1.numel()),
-        beside={"dense": lambda: x @ fc1[0].T},
-    )
+    yield _linear(x, fc1, fc1_bias, offsets, "gelu")
+    yield _linear(x, randn(encoders, 3 * WIDTH, WIDTH, scale=0.05), randn(encoders, 3 * WIDTH), offsets, "")
     experts = rivals.experts(fc1, fc1_bias, fc2, fc2_bias, offsets)
     yield OpCase(
         f"grouped_mlp, {count} rows, {WIDTH} to {4 * WIDTH} and back",
@@ -147,6 +135,29 @@ def cases(workload: Workload) -> Iterator[OpCase]:
         moved=size * (frames.num_rows * (MELS + WIDTH) + stem.numel()),
     )  # fmt: skip
     yield _routing(randn(len(clips) // workload.top_k, encoders).float(), workload)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, activation: str) -> OpCase:
+    """One linear layer of every encoder on its own rows."""
+    (encoders, n, k), count = weight.shape, len(x)
+    encoder = torch.arange(encoders, device=x.device).repeat_interleave(offsets.diff())
+    bounds = list(pairwise(offsets.tolist()))
+    act = gelu if activation else (lambda y: y)
+    others = rivals.linears(x, weight, bias, offsets) if activation else {}
+    return OpCase(
+        f"grouped_linear{' with GELU' if activation else ''}, {count} rows, {k} to {n}",
+        {
+            "loop": lambda: torch.cat([act(linear(x[a:b], weight[e], bias[e])) for e, (a, b) in enumerate(bounds)]),
+            # By `embedding`, as the gradient of an index adds up in 16 bits and is wrong after some thousand rows.
+            "grouped_mm": lambda: act(grouped_mm(x, weight.mT, offs=offsets[1:]) + embedding(encoder, bias)),
+            **others,
+            "packed": lambda: grouped_linear(x, weight, bias, offsets, activation=activation),
+        },
+        (x, weight, bias),
+        flops=2 * count * n * k,
+        moved=x.itemsize * (count * (n + k) + weight.numel()),
+        beside={"dense": lambda: x @ weight[0].T},
+    )
 
 
 def _attention(qkv: Tensor, cu_seqlens: Tensor, longest: int) -> OpCase:

@@ -21,7 +21,6 @@ from benchmarks.workloads import Workload
 from mowe import EncoderPool
 from mowe.audio import SAMPLING_RATE
 from mowe.families import Context
-from mowe.pool import PoolOutput
 from mowe_kernels import use_backend
 
 Outputs = list[list[Tensor]]
@@ -63,7 +62,7 @@ def packed(workload: Workload, context: Context | None = None) -> Run:
     pool, waveforms = shared_pool(workload), workload.waveforms()
 
     def run() -> Outputs:
-        return pairs(workload, pool.encode(waveforms, workload.indices, context or workload.context))
+        return pool.encode(waveforms, workload.indices, context or workload.context).pairs()
 
     return run
 
@@ -180,11 +179,6 @@ def given(workload: Workload, encoders: Sequence[nn.Module]) -> list[list[Tensor
     kinds = {_kind(encoder): e for e, encoder in enumerate(encoders)}
     by_kind = [{kind: prepare[e](wave) for kind, e in kinds.items()} for wave in workload.waveforms()]
     return [[clip[_kind(encoder)] for encoder in encoders] for clip in by_kind]
-
-
-def pairs(workload: Workload, out: PoolOutput) -> Outputs:
-    """Features of every slot of every clip."""
-    return [[out.pair(clip, slot) for slot in range(workload.top_k)] for clip in range(len(workload.seconds))]
 
 
 def _kind(encoder: nn.Module) -> tuple[str, int]:

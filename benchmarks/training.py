@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from benchmarks.providers import Outputs, Provider, Run, given, loop, pairs
+from benchmarks.providers import Outputs, Provider, Run, given, loop
 from benchmarks.whole import Parts, assembled, padded
 from benchmarks.workloads import Workload
 from mowe import EncoderPool
@@ -22,7 +22,7 @@ def packed_step(workload: Workload, context: Context | None = None) -> Run:
     def run() -> Outputs:
         pool.zero_grad()
         out = pool.encode(waveforms, workload.indices, context or workload.context)
-        _backward([features for clip in pairs(workload, out) for features in clip])
+        _backward([features for clip in out.pairs() for features in clip])
         return [[weight.grad[e] for e in chosen] for chosen in workload.indices]
 
     return run

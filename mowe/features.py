@@ -64,7 +64,7 @@ class Spectrogram:
         Windows at the last two hops of a clip reach into the next one; `log_mel` leaves them out.
         """
         flat = self._mirrored()
-        window = torch.hann_window(N_FFT, device=flat.device)
+        window = _hann_window(flat.device)
         spectrum = torch.stft(flat, N_FFT, HOP, window=window, center=False, return_complex=True).T
         return torch.addcmul(spectrum.real.square(), spectrum.imag, spectrum.imag)
 
@@ -185,6 +185,11 @@ def _by_clip(values: Tensor, starts: Tensor, counts: Tensor, longest: int, fill:
     step = torch.arange(longest, dtype=torch.int32, device=values.device)
     index = starts[:, None] + torch.minimum(step, counts[:, None] - 1)
     return torch.where(step < counts[:, None], values[index], fill)
+
+
+@cache
+def _hann_window(device: torch.device) -> Tensor:
+    return torch.hann_window(N_FFT, device=device)
 
 
 @cache

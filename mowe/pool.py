@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
 from typing import Any, cast
 
@@ -30,19 +31,41 @@ class PoolOutput:
     plan: PackPlan
 
     def pair(self, clip: int, slot: int) -> Tensor:
-        """[T, D]: what the slot's encoder gives for the clip alone. Waits for the device.
+        """[T, D]: what the slot's encoder gives for the clip alone. The first call waits for the device.
 
         Raises IndexError for a clip or a slot outside the batch, ConfigError for an unused slot.
         """
         batch, slots = self.plan.position.shape
         if not (0 <= clip < batch and 0 <= slot < slots):
             raise IndexError(f"no clip {clip}, slot {slot} in a batch of {batch} clips with {slots} slots")
-        position = int(self.plan.position[clip, slot])
-        for family, rows in enumerate(self.rows):
-            start, stop = self.plan.family(family).rows.cu_seqlens[position : position + 2].tolist()
-            if start < stop:
-                return rows[start:stop]
-        raise ConfigError(f"slot {slot} of clip {clip} is unused")
+        found = self._pairs[clip][slot]
+        if found is None:
+            raise ConfigError(f"slot {slot} of clip {clip} is unused")
+        return found
+
+    def pairs(self) -> list[list[Tensor | None]]:
+        """[clip][slot] -> [T, D], None for an unused slot. The first call waits for the device, once for all."""
+        return [list(slots) for slots in self._pairs]
+
+    @cached_property
+    def _pairs(self) -> list[list[Tensor | None]]:
+        position = self.plan.position
+        firsts = [self.plan.family(f).rows.cu_seqlens for f in range(len(self.rows))]
+        places, *bounds = (
+            t.tolist()
+            for t in torch.cat([position.flatten(), *firsts])
+            .cpu()
+            .split_with_sizes([position.numel(), *map(len, firsts)])
+        )
+
+        def find(place: int) -> Tensor | None:
+            for rows, first in zip(self.rows, bounds, strict=True):
+                if first[place] < first[place + 1]:
+                    return rows[first[place] : first[place + 1]]
+            return None
+
+        slots = position.shape[1]
+        return [[find(place) for place in places[at : at + slots]] for at in range(0, len(places), slots)]
 
 
 class EncoderPool(nn.Module):

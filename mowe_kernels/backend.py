@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -50,25 +51,41 @@ def implementation(op: str, args: Sequence[Any] = ()) -> ModuleType:
     on a device where they were found right (see `mowe_kernels.tables`), plain torch otherwise. What has no Triton
     kernel is plain torch where that backend is forced.
     """
-    if _forced is None and csrc.computes(op, args):
+    tensor = next(_tensors(args), None)
+    where = None if tensor is None else tensor.device
+    name = module_name(op, _forced, where, where is not None and tensor.dtype == torch.float64)
+    return sys.modules.get(name) or importlib.import_module(name)
+
+
+@cache
+def module_name(op: str, forced: str | None, device: torch.device | None, double: bool) -> str:
+    """Of the module that computes `op` where a backend is forced or none is; double: in float64."""
+    if forced is None and csrc.computes(op, device):
         backend = "csrc"
     elif op in _WITHOUT_TRITON:
         backend = "reference"
-    elif _forced is None and _measured(op, args):
-        return importlib.import_module(_CHOOSERS.get(op, f"mowe_kernels.triton.{op}"))
+    elif forced is None and not double and _measured(op, device):
+        return _CHOOSERS.get(op, f"mowe_kernels.triton.{op}")
     else:
-        backend = _forced or "reference"
-    return importlib.import_module(f"mowe_kernels.{backend}.{op}")
+        backend = forced or "reference"
+    return f"mowe_kernels.{backend}.{op}"
 
 
-def _measured(op: str, args: Sequence[Any]) -> bool:
-    """Whether the kernels of the op were found right on the device, and take the type, of its first tensor."""
-    tensor = next((arg for arg in args if isinstance(arg, Tensor)), None)
-    if tensor is None or tensor.device.type != "cuda" or tensor.dtype == torch.float64:
+def _tensors(args: Sequence[Any]) -> Iterator[Tensor]:
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, list):
+            yield from _tensors(arg)
+
+
+def _measured(op: str, device: torch.device | None) -> bool:
+    """Whether the kernels of the op were found right on the device."""
+    if device is None or device.type != "cuda":
         return False
-    table = tables.of_device(tensor.device.index)
+    table = tables.of_device(device.index)
     if table is None:
-        _tell(torch.cuda.get_device_name(tensor.device.index))
+        _tell(torch.cuda.get_device_name(device.index))
         return False
     return op in table.ops and _has_triton()
 

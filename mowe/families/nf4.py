@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mowe_kernels import (
     Level,
+    Nf4Matrix,
     Nf4Weight,
     grouped_linear_nf4,
     multiplies_in_4_bits,
@@ -37,14 +38,20 @@ class Nf4StackedLinear(nn.Module):
         return Nf4Weight(self.codes, shape=self.shape, dtype=self.bias.dtype, blocksize=self.blocksize, **scales)
 
     @property
+    def matrix(self) -> Nf4Matrix:
+        """The same as the ops take it."""
+        return Nf4Matrix(self.codes, *(getattr(self, name) for name in _SCALES), *self.shape, self.blocksize)
+
+    @property
     def weight(self) -> Tensor:
         """[E, N, K], dequantised anew at every use."""
         return self.quantized.dequantize()
 
     def forward(self, x: Tensor, rows: Level, *, activation: str = "", residual: Tensor | None = None) -> Tensor:
         """[R, K] -> [R, N], every row through its encoder's layer."""
-        matrix = self.quantized.matrix
-        return grouped_linear_nf4(x, matrix, self.bias, rows.group_offsets, activation=activation, residual=residual)
+        return grouped_linear_nf4(
+            x, self.matrix, self.bias, rows.group_offsets, activation=activation, residual=residual
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Moves between devices; the scales stay in float32 whatever type the model is cast to."""
@@ -64,15 +71,15 @@ def quantize_linear(model: nn.Module, name: str, linear: Any, double_quant: bool
 
 def stays_in_4_bits(linear: Any, x: Tensor) -> bool:
     """Whether rows x go through a layer whose weights are best taken out of 4 bits inside of the products."""
-    return isinstance(linear, Nf4StackedLinear) and multiplies_in_4_bits(x, linear.quantized.matrix, linear.bias)
+    return isinstance(linear, Nf4StackedLinear) and multiplies_in_4_bits(x, linear.matrix, linear.bias)
 
 
 def layer_weights(linears: Sequence[Any], rows: Level) -> list[Tensor]:
     """Weights [E, N, K] of the layers; those in 4 bits are dequantised together, for the encoders that have rows."""
-    packed = [linear.quantized for linear in linears if isinstance(linear, Nf4StackedLinear)]
+    packed = [linear for linear in linears if isinstance(linear, Nf4StackedLinear)]
     if not packed:
         return [linear.weight for linear in linears]
-    full = iter(nf4_dequantize_grouped([p.matrix for p in packed], rows.group_offsets, packed[0].dtype))
+    full = iter(nf4_dequantize_grouped([linear.matrix for linear in packed], rows.group_offsets, packed[0].bias.dtype))
     return [next(full) if isinstance(linear, Nf4StackedLinear) else linear.weight for linear in linears]
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,12 +22,10 @@ LIBRARIES = {
 """By type of device. That of CUDA adds to that of the CPU and is loaded at the first CUDA tensor."""
 
 
-def computes(op: str, args: Sequence[Any]) -> bool:
-    """Whether a library computes the op on these arguments, the first tensor of which says where."""
-    flat = (each for arg in args for each in (arg if isinstance(arg, list) else [arg]))
-    tensor = next((arg for arg in flat if isinstance(arg, torch.Tensor)), None)
-    device = "cpu" if tensor is None else tensor.device.type
-    return device in OPS.get(op, ()) and available(device)
+def computes(op: str, device: torch.device | None) -> bool:
+    """Whether a library computes the op on tensors of a device, None where there are no tensors."""
+    kind = "cpu" if device is None else device.type
+    return kind in OPS.get(op, ()) and available(kind)
 
 
 @cache

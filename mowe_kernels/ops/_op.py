@@ -79,17 +79,27 @@ class DifferentiableOp(Op):
         return self._compute(*args)
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter, int, float, bool, str, list, type(None))
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, int, float, bool, str, list, type(None)))
 
 
 def traced(*args: Any) -> bool:
     """Whether torch.compile or a tensor subclass (fake, functional) must see the op as one node."""
-    return torch.compiler.is_compiling() or any(type(a) not in _PLAIN and isinstance(a, torch.Tensor) for a in args)
+    if torch.compiler.is_compiling():
+        return True
+    for a in args:  # noqa: SIM110  (a loop, as this runs before every op)
+        if type(a) not in _PLAIN and isinstance(a, torch.Tensor):
+            return True
+    return False
 
 
 def needs_grad(*args: Any) -> bool:
     """Whether autograd will ask for a gradient through any of these arguments."""
-    return torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
+    if not torch.is_grad_enabled():
+        return False
+    for a in args:  # noqa: SIM110
+        if isinstance(a, torch.Tensor) and a.requires_grad:
+            return True
+    return False
 
 
 def check(condition: bool, op: str, message: str) -> None:

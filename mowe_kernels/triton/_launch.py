@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
 
 from mowe_kernels import tables
 from mowe_kernels.triton._compilation import Compilation
@@ -58,6 +60,9 @@ ARCHITECTURES = {
 # For the whole process: autograd runs the backward of CUDA tensors in threads of its own.
 _UNTUNED = object()
 _state: dict[str, Any] = {"hardware": None, "settings": {}, "launches": None}
+# By all that a launch's code depends on, what Triton compiled for it and how that is started: to find that out anew,
+# Triton takes several times what the start itself does.
+_compiled: dict[tuple, tuple] = {}
 
 
 @contextmanager
@@ -160,11 +165,45 @@ def launch(
         _state["launches"].append(_describe(kernel, args, num_warps, num_stages, matmul, constexprs))
         return
     device = getattr(args[0], "base", args[0]).device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            kernel[(programs,)](*args, num_warps=num_warps, num_stages=num_stages, **constexprs)
-    else:
+    if device.type != "cuda":  # in Triton's interpreter
         kernel[(programs,)](*args, num_warps=num_warps, num_stages=num_stages, **constexprs)
+    elif device.index == torch.cuda.current_device():
+        _start(device.index, kernel, programs, args, num_warps, num_stages, constexprs)
+    else:
+        with torch.cuda.device(device):
+            _start(device.index, kernel, programs, args, num_warps, num_stages, constexprs)
+
+
+def _start(
+    device: int, kernel: Any, programs: int, args: tuple, num_warps: int, num_stages: int, constexprs: dict[str, Any]
+) -> None:
+    """Have Triton compile and start what was not started yet, and start what was without asking it again."""
+    key = device, kernel.fn, num_warps, num_stages, *constexprs, *constexprs.values(), *map(_kind, args)
+    known = _compiled.get(key)
+    if known is None or _hooked():
+        compiled = kernel[(programs,)](*args, num_warps=num_warps, num_stages=num_stages, **constexprs)
+        constants = [constexprs[name] for name in kernel.arg_names[len(args) :]]
+        _compiled[key] = compiled.run, compiled.function, compiled.packed_metadata, constants
+    else:
+        run, function, metadata, constants = known
+        stream = driver.active.get_current_stream(device)
+        run(programs, 1, 1, stream, function, metadata, None, None, None, *args, *constants)
+
+
+def _kind(arg: Any) -> Any:
+    """What a compiled kernel may depend on of an argument that is no constant: never less than what Triton looks at."""
+    if arg is None:
+        return None
+    if isinstance(arg, Tensor):
+        return arg.dtype, arg.data_ptr() % 16 == 0
+    if isinstance(arg, int):
+        return arg == 1, arg % 16 == 0, -(2**31) <= arg < 2**31
+    return float if isinstance(arg, float) else (arg.base.dtype, *arg.block_shape)
+
+
+def _hooked() -> bool:
+    """Whether somebody, a profiler say, wants to hear of every launch."""
+    return bool(knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls)
 
 
 def recorded(capability: int, calls: Mapping[str, Callable[[], Any]]) -> Iterator[Compilation]:

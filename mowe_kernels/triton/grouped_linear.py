@@ -63,7 +63,8 @@ CANDIDATES = (
     Tile(128, 128, 32, 8, 3),
 )
 FEW_CANDIDATES = (Tile(64, 64, 64, 4, 4), Tile(64, 64, 64, 4, 6), Tile(64, 128, 64, 4, 4), Tile(64, 32, 128, 4, 4))
-TMA_SINCE = 90  # capability from which blocks are fetched through descriptors
+TMA_SINCE = 90  # capability from which blocks are fetched through descriptors,
+TMA_PRODUCTS = 2**33  # where there are so many products: on an H200 the time that a descriptor takes the host
 WGRAD_PROGRAMS_PER_SM = 4
 WGRAD_MIN_CHUNK = 512
 REDUCE_BLOCK = 1024
@@ -147,7 +148,7 @@ def gemm(
     device = hardware(a.device)
     tile = gemm_tile(device, a.dtype, rows, n)
     block = (tile.depth, tile.cols) if transposed else (tile.cols, tile.depth)
-    (p_a, p_w), tma = operands(device, (a, (tile.rows, tile.depth)), (weight, block))
+    (p_a, p_w), tma = operands(device, rows * n * k, (a, (tile.rows, tile.depth)), (weight, block))
     launch(
         _gemm.grouped_gemm_kernel, (rows // tile.rows + experts) * cdiv(n, tile.cols) if rows else 0,
         p_a, p_w, bias, group_offsets, residual, scale, through, pre, out,
@@ -224,24 +225,55 @@ def gemm_tile(device: Hardware, dtype: torch.dtype, rows: int, cols: int) -> Til
 def newest(table: dict[tuple[int, int], Any], device: Hardware, dtype: torch.dtype) -> Any:
     """The entry of a table by (bits of the type, capability) that comes closest to the device from below."""
     bits = 8 * dtype.itemsize
-    return table[max(key for key in table if key[0] == bits and key[1] <= max(device.capability, 80))]
+    exact = table.get((bits, device.capability))
+    return exact or table[max(key for key in table if key[0] == bits and key[1] <= max(device.capability, 80))]
 
 
-def operands(device: Hardware, *blocked: tuple[Tensor, tuple[int, int]]) -> tuple[list[Any], bool]:
+def operands(device: Hardware, products: int, *blocked: tuple[Tensor, tuple[int, int]]) -> tuple[list[Any], bool]:
     """Matrices as a kernel takes them, each with the block it is read by, and whether those are descriptors.
 
-    They are where the device has descriptors (sm_90 and newer) and they can name every one of the matrices: 16-bit
-    elements, rows that start at multiples of 16 bytes, at least one row. Stacked matrices [E, N, K] become [E * N, K].
+    They are where the device has descriptors (sm_90 and newer), the kernel multiplies often enough (`products`) to be
+    worth what they take the host, and they can name every one of the matrices: 16-bit elements, rows that start at
+    multiples of 16 bytes, at least one row. Stacked matrices [E, N, K] become [E * N, K].
     """
     matrices = [matrix for matrix, _ in blocked]
-    if device.capability < setting("tma_since", TMA_SINCE) or not all(map(_fits_descriptor, matrices)):
+    worth = device.capability >= TMA_SINCE and products >= setting("tma_products", TMA_PRODUCTS)
+    if not (worth and all(map(_fits_descriptor, matrices))):
         return matrices, False
-    return [TensorDescriptor.from_tensor(matrix.flatten(0, -2), list(block)) for matrix, block in blocked], True
+    return [_descriptor(matrix, block) for matrix, block in blocked], True
 
 
 def _fits_descriptor(matrix: Tensor) -> bool:
-    aligned = matrix.data_ptr() % 16 == 0 and matrix.shape[-1] * matrix.itemsize % 16 == 0
-    return matrix.itemsize == 2 and aligned and matrix.numel() > 0
+    itemsize = matrix.itemsize
+    return itemsize == 2 and not (matrix.shape[-1] * itemsize | matrix.data_ptr()) % 16 and matrix.numel() > 0
+
+
+class Memory(NamedTuple):
+    """What a descriptor has to know of its tensor: to keep one for the next call keeps no tensor alive."""
+
+    address: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+_descriptors: dict[tuple, TensorDescriptor] = {}
+MOST_DESCRIPTORS = 10_000
+
+
+def _descriptor(matrix: Tensor, block: tuple[int, int]) -> TensorDescriptor:
+    """Made once for as long as tensors of a shape lie at an address, as weights do, and often activations."""
+    key = matrix.data_ptr(), matrix.dtype, matrix.device, matrix.shape, block
+    found = _descriptors.get(key)
+    if found is None:
+        if len(_descriptors) >= MOST_DESCRIPTORS:
+            _descriptors.clear()
+        cols = matrix.shape[-1]
+        found = TensorDescriptor(Memory(*key[:3]), [matrix.numel() // cols, cols], [cols, 1], list(block))
+        _descriptors[key] = found
+    return found
 
 
 def tunings(device: torch.device, rows: int) -> Iterator[Tuning]:

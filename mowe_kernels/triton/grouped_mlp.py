@@ -73,7 +73,7 @@ def forward(
         return out
     (rows, d), (experts, f, _) = x.shape, fc1_weight.shape
     (fc1, fc2), tma = operands(
-        device, (fc1_weight, (block.hidden, block.cols)), (fc2_weight, (block.cols, block.hidden))
+        device, 2 * rows * d * f, (fc1_weight, (block.hidden, block.cols)), (fc2_weight, (block.cols, block.hidden))
     )
     launch(
         _mlp.grouped_mlp_fwd_kernel, rows // block.rows + experts if rows else 0,

@@ -25,7 +25,7 @@ from mowe_kernels.triton.grouped_linear import Tile, newest
 TILES = {
     (16, 90): (Tile(128, 128, 64, 8, 7), Tile(64, 64, 64, 4, 7)),
     (16, 80): (Tile(128, 64, 64, 8, 7), Tile(64, 64, 64, 4, 7)),
-    (32, 80): (Tile(64, 64, 16, 4, 5), Tile(64, 32, 32, 4, 5)),
+    (32, 80): (Tile(64, 64, 16, 8, 5), Tile(64, 32, 32, 4, 5)),
 }
 # The gradient of the features.
 FEATURE_TILES = {

@@ -137,9 +137,11 @@ def apart(ops: Sequence[str], seconds: float) -> dict[str, list[str]]:
 
 def wrong_results(its_cases: list[Case], dtypes: tuple[torch.dtype, ...]) -> Iterator[str]:
     """What is wrong with the kernels of an op."""
+    from mowe_kernels.triton._launch import override
+
     for case in its_cases:
         try:
-            with poisoned():
+            with poisoned(), override(**case.settings):
                 for dtype in dtypes if case.inputs else ():
                     for error in errors(case.op, case.inputs, case.rows, dtype, case.frozen):
                         if not error.passes:

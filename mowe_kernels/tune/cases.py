@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ import mowe_kernels as mk
 from mowe_kernels.tune.accuracy import Inputs
 
 TAIL = 5  # rows of nobody
+EVEN_FOR_FEW_ROWS = {"tma_products": 0}  # blocks fetched through descriptors
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Size:
 
 class Case(NamedTuple):
     """op: gives a tensor. inputs: float64. rows: how many rows of the result belong to somebody. frozen: inputs without
-    a gradient. same: gives integer tensors that must be those of plain torch to the bit.
+    a gradient. same: gives integer tensors that must be those of plain torch to the bit. settings: launch settings to
+    try it under.
     """
 
     op: Callable[..., Tensor]
@@ -42,16 +45,23 @@ class Case(NamedTuple):
     rows: int
     frozen: tuple[str, ...] = ()
     same: Callable[[], tuple[Tensor, ...]] | None = None
+    settings: Mapping[str, Any] = MappingProxyType({})
 
 
 def cases(size: Size, device: torch.device) -> dict[str, list[Case]]:
     """By op, on a device."""
     made = _Maker(size, device)
     return {
-        "grouped_linear": [made.linear(), made.linear(("bias",), "gelu"), made.linear(("bias", "residual"))],
+        "grouped_linear": [
+            *(made.linear(), made.linear(("bias",), "gelu"), made.linear(("bias", "residual"))),
+            made.linear(("bias",), "gelu")._replace(settings=EVEN_FOR_FEW_ROWS),
+        ],
         "grouped_linear_nf4": [made.linear_nf4(False), made.linear_nf4(True)],
         "grouped_layer_norm": [made.layer_norm("gelu")],
-        "grouped_mlp": [made.mlp(size.width), made.mlp(2 * size.width)],
+        "grouped_mlp": [
+            *(made.mlp(size.width), made.mlp(2 * size.width)),
+            made.mlp(size.width)._replace(settings=EVEN_FOR_FEW_ROWS),
+        ],
         "varlen_attention": [made.attention(size.heads), made.attention(max(1, size.heads // 2))],
         "grouped_conv1d": [
             made.conv(size.channels, 3, 2, 1, 1, ("bias", "positions")),

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -23,6 +24,7 @@ from tests.mowe_kernels.triton.accuracy import DEVICE
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("triton_kernels")]
 
 BASE_WIDTH, OUT = 32, 64
+DRAWS = 8 if DEVICE.type == "cuda" else 1  # so that what has few values is compared by more than chance
 LENGTHS = [16_000, 401, 33_333, 48_000, 9_001]
 # Head sizes the attention kernel has, widths that fill no tile.
 WHISPER = {"d_model": 96, "encoder_attention_heads": 3, "encoder_ffn_dim": 200}
@@ -50,37 +52,41 @@ def made(dtype: torch.dtype = torch.float32) -> MixtureOfWeakEncoders:
 
 
 def inputs(
-    dtype: torch.dtype = torch.float32, lengths: list[int] | None = None
+    dtype: torch.dtype = torch.float32, lengths: list[int] | None = None, draw: int = 0
 ) -> tuple[Tensor, list[Tensor], list[int]]:
     """Base features, waveforms on the host, and how many base frames are real."""
-    torch.manual_seed(1)
+    torch.manual_seed(1 + draw)
     lengths = lengths or LENGTHS
     frames = [-(-(samples // 160) // 2) for samples in lengths]
     base = torch.randn(len(lengths), max(frames), BASE_WIDTH).to(DEVICE, dtype)
-    return base, [clip(samples, seed) for seed, samples in enumerate(lengths)], frames
+    return base, [clip(samples, seed + 100 * draw) for seed, samples in enumerate(lengths)], frames
 
 
-def results(mixture: MixtureOfWeakEncoders, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Tokens, and the gradient of every parameter that has one.
+def results(mixture: MixtureOfWeakEncoders, dtype: torch.dtype, draws: int = 1) -> dict[str, Tensor]:
+    """Tokens, and the gradient of every parameter that has one, one after the other of several draws of the inputs.
 
-    The routers' is one vector: of a softmax over four encoders with one slot each there is too little to tell the
-    error of a method from chance.
+    The routers' gradients are one vector: of the choice among four encoders each alone has hardly more than one degree
+    of freedom.
     """
-    mixture.zero_grad()
-    out = mixture(*inputs(dtype))
-    (out.tokens.float() @ torch.linspace(-1, 1, OUT, device=DEVICE)).mean().backward()
-    gradients = {name: p.grad.clone() for name, p in mixture.named_parameters() if p.grad is not None}
-    routers = [gradients.pop(name).flatten() for name in list(gradients) if name.startswith("router.")]
-    return {"tokens": out.tokens.detach(), "routers": torch.cat(routers), **gradients}
+    found: dict[str, list[Tensor]] = defaultdict(list)
+    for draw in range(draws):
+        mixture.zero_grad()
+        out = mixture(*inputs(dtype, draw=draw))
+        (out.tokens.float() @ torch.linspace(-1, 1, OUT, device=DEVICE)).mean().backward()
+        found["tokens"].append(out.tokens.detach().flatten())
+        for name, parameter in mixture.named_parameters():
+            if parameter.grad is not None:
+                found["routers" if name.startswith("router.") else name].append(parameter.grad.clone().flatten())
+    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_error_is_at_most_twice_that_of_plain_torch(dtype):
     exact = made()
     with use_backend("reference"):
-        expected = results(exact, torch.float32)
-        plain = results(made(dtype), dtype)
-    ours = results(made(dtype), dtype)
+        expected = results(exact, torch.float32, DRAWS)
+        plain = results(made(dtype), dtype, DRAWS)
+    ours = results(made(dtype), dtype, DRAWS)
     assert ours.keys() == plain.keys() == expected.keys()
     for name, value in expected.items():
         least = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps

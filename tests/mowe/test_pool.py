@@ -276,6 +276,19 @@ def test_indices_of_any_integer_type(pool, dtype):
     assert pool.encode(clips(400, 720), indices, "valid").pair(1, 0).shape == (2, 24)
 
 
+def test_all_pairs_at_once(pool):
+    """Encoders of several families, an encoder chosen twice, and a slot that nobody uses."""
+    out = pool.encode(clips(700, 900), [[0, 3, 0], [5, -1, 1]], "valid")
+    pairs = out.pairs()
+    assert [[slot is None for slot in slots] for slots in pairs] == [[False] * 3, [False, True, False]]
+    for c, slots in enumerate(pairs):
+        for s, found in enumerate(slots):
+            if found is not None:
+                assert found.data_ptr() == out.pair(c, s).data_ptr() and torch.equal(found, out.pair(c, s))
+    with pytest.raises(ConfigError, match="slot 1 of clip 1 is unused"):
+        out.pair(1, 1)
+
+
 def test_other_bad_input(pool):
     for context in ("banana", 3):
         with pytest.raises(ConfigError, match="context must be 'valid' or 'window'"):

@@ -87,10 +87,11 @@ def gpu(monkeypatch, tmp_path) -> DeviceTable:
     """A GPU that is not there, and the table of it, in the user's folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some GPU")
-    for cached in (tables.of_device, backend._tell):
+    for cached in (tables.of_device, backend._tell, backend.module_name):
         cached.cache_clear()
     yield DeviceTable("Some GPU", ("grouped_linear", "varlen_attention"))
-    tables.of_device.cache_clear()
+    for cached in (tables.of_device, backend.module_name):
+        cached.cache_clear()
 
 
 def on_gpu(dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor | None]:

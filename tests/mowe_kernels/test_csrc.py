@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mowe_kernels import csrc, nf4_quantize, use_backend
+from mowe_kernels import backend, csrc, nf4_quantize, use_backend
 
 ROOT = Path(__file__).parents[2]
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -147,7 +147,8 @@ def test_without_it_plain_torch_runs_and_says_so_once(monkeypatch, tmp_path, con
     if content is not None:
         library.write_bytes(content)
     monkeypatch.setitem(csrc.LIBRARIES, "cpu", library)
-    csrc.available.cache_clear()
+    for cached in (csrc.available, backend.module_name):
+        cached.cache_clear()
     try:
         weight = torch.randn(2, 8, 9)
         first, _ = nf4_quantize(weight), nf4_quantize(weight)
@@ -156,7 +157,8 @@ def test_without_it_plain_torch_runs_and_says_so_once(monkeypatch, tmp_path, con
         said = [w for w in recwarn if "runs without its compiled library" in str(w.message)]
         assert len(said) == 1
     finally:
-        csrc.available.cache_clear()
+        for cached in (csrc.available, backend.module_name):
+            cached.cache_clear()
 
 
 def architectures(library: Path) -> tuple[set[int], set[int]]:

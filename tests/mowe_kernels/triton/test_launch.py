@@ -1,0 +1,85 @@
+"""What is started without asking Triton is what Triton would have started."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+
+# Triton compiles for an H200 that is not there; instead of starting a kernel, what was to be started is noted.
+SCRIPT = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+
+class NoGpu:
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+    def get_active_torch_device(self): return torch.device("cpu")
+
+driver.set_active(NoGpu())
+started = []
+
+def start(self):
+    return lambda *args: started.append((self.hash, args[0], args[9:]))
+
+CompiledKernel.run = property(start)
+CompiledKernel.function = None
+CompiledKernel._init_handles = lambda self: None
+
+from mowe_kernels.triton import _gemm, _launch, varlen_attention
+from mowe_kernels.triton.grouped_linear import operands
+
+def gemm(rows, shift=0, gelu=False, bias=True, dtype=torch.bfloat16, tma=0):
+    x = torch.zeros(rows * 64 + 8, dtype=dtype)[shift : shift + rows * 64].view(rows, 64)
+    weight, offsets = torch.zeros(2, 64, 64, dtype=dtype), torch.zeros(3, dtype=torch.int32)
+    hardware = _launch.ARCHITECTURES[90]
+    (a, w), described = operands(hardware, tma, (x, (64, 32)), (weight, (64, 32)))
+    out = torch.empty(rows, 64, dtype=dtype)
+    args = a, w, weight[:, 0] if bias else None, offsets, None, None, None, None, out
+    constants = dict(E=2, BE=2, N=64, K=64, TRANSPOSED=False, GELU=gelu, BM=64, BN=64, BK=32, BAND=8, TMA=described)
+    return _gemm.grouped_gemm_kernel, args, constants
+
+def attention(rows, sequences):
+    qkv, offsets = torch.zeros(rows, 3, 2, 32).bfloat16(), torch.zeros(sequences + 1, dtype=torch.int32)
+    args = qkv, offsets, torch.empty(rows, 2, 32).bfloat16(), None, rows, sequences, 0.5
+    constants = dict(HEADS=2, DIM=32, BLOCK_D=32, BLOCK_M=64, BLOCK_N=32)
+    return varlen_attention.varlen_attention_fwd_kernel, args, constants
+
+def reduce(chunk):
+    parts, offsets = torch.zeros(4, 32), torch.zeros(3, dtype=torch.int32)
+    return _gemm.grouped_wgrad_reduce_kernel, (parts, offsets, torch.empty(2, 32), chunk), dict(M=32, BLOCK=32)
+
+cases = [
+    gemm(64), gemm(65), gemm(64, shift=1), gemm(64, shift=8), gemm(64, gelu=True), gemm(64, bias=False),
+    gemm(64, dtype=torch.float16), gemm(64, tma=2**40), gemm(65, tma=2**40), gemm(64, shift=1, tma=2**40),
+    attention(64, 1), attention(64, 16), attention(65, 3), reduce(1), reduce(16), reduce(17),
+]
+how = dict(num_warps=4, num_stages=2)
+for kernel, args, constants in cases:
+    kernel[(5,)](*args, **how, **constants)
+    _launch._start(0, kernel, 5, args, 4, 2, constants)
+    _launch._start(0, kernel, 5, args, 4, 2, constants)
+    theirs, first, ours = started[-3:]
+    assert theirs[:2] == first[:2] == ours[:2], kernel.__name__
+    assert len(theirs[2]) == len(ours[2]) and all(a is b or a == b for a, b in zip(theirs[2], ours[2])), kernel.__name__
+assert len(_launch._compiled) <= len(cases) and len({entry[0] for entry in started}) >= 8
+before = len(started)
+heard = []
+_launch.knobs.runtime.launch_enter_hook.add(heard.append)
+_launch._start(0, *cases[0][:1], 5, cases[0][1], 4, 2, cases[0][2])
+assert started[-1][2] and len(started) == before + 1
+print("the same")
+"""
+
+
+def test_a_launch_without_triton_is_the_one_with_it():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", SCRIPT]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "the same", done.stderr[-2000:]
