@@ -22,12 +22,13 @@ from benchmarks.ops import NUM_OPS
 from benchmarks.page import page as make_page
 from benchmarks.page import readme
 from benchmarks.pictures import draw
-from benchmarks.results import load, save
+from benchmarks.results import load, on_gpus, save
 from benchmarks.shares import kinds, parts
 from benchmarks.suites import SUITES, compare_ops, missing, remember, select
 from benchmarks.suites import compare as compare_providers
 from benchmarks.tables import fill, rich_tables
 from benchmarks.workloads import Workload
+from mowe_kernels.tables import file_name
 
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
 PAGE, README, PICTURES = (ROOT / "docs" / "benchmarks.md", ROOT / "README.md", ROOT / "docs" / "benchmarks")
@@ -73,7 +74,8 @@ def run(
             else:
                 steps["single ops"] = single
         command = " ".join(["python -m benchmarks", *sys.argv[1:]])
-        output = output or RESULTS.with_name("gpu" if device == "cuda" else "cpu") / f"{suite}.json"
+        folder = file_name(torch.cuda.get_device_name()).removesuffix(".json") if device == "cuda" else RESULTS.name
+        output = output or RESULTS.with_name(folder) / f"{suite}.json"
         keep = partial(save, output, command, threads, gpu=device == "cuda", **more)
         results, failed = [], {}
         for title, step in steps.items():
@@ -139,11 +141,11 @@ def page(
     """Make docs/benchmarks.md, its pictures and the README's performance section from the committed results."""
     try:
         cpu, sweeps, profiled = (load(results / f"{name}.json") for name in ("cpu", "sweeps", "profile"))
-        gpu = results.with_name("gpu") / "gpu.json"
-        for path in draw(cpu, sweeps, PICTURES):
+        gpus = on_gpus(results.parent)
+        for path in draw(cpu, sweeps, gpus, PICTURES):
             console.print(f"drawn: {path.relative_to(ROOT)}")
-        PAGE.write_text(make_page(cpu, sweeps, profiled, load(gpu) if gpu.exists() else None, PICTURES.name))
-        fill(README, readme(cpu, profiled, PICTURES.relative_to(ROOT).as_posix()))
+        PAGE.write_text(make_page(cpu, sweeps, profiled, gpus, PICTURES.name))
+        fill(README, readme(cpu, profiled, gpus, PICTURES.relative_to(ROOT).as_posix()))
     except (OSError, ValueError) as error:
         _stop(str(error))
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.shares import added
 from benchmarks.suites import SUITES
-from benchmarks.tables import OPS, clips, conditions, machine, markdown, meaning, speedup, table
+from benchmarks.tables import OPS, clips, conditions, duration, machine, markdown, meaning, speedup, table
 
 _PICTURES = {
     "overview.png": "Seconds for one batch, the usual way and packed",
@@ -17,14 +17,26 @@ _PICTURES = {
     "floor.png": "Share of the floor by op",
     "memory.png": "Peak memory by workload and provider",
 }
+GPU_PICTURES = {
+    "speedup": "Speed-up on a GPU by workload and provider",
+    "floor": "Share of the floor by op on a GPU",
+}
 # What the README shows: (workload, mode, the library's provider), each beside its baseline. The page has everything.
-OVERVIEW = {
+Overview = Mapping[tuple[str, str, str], str]
+OVERVIEW: Overview = {
     ("tiny8/speech/8", "features", "packed"): "features of a pool",
     ("tiny8/short/8", "features", "packed"): "features of a pool",
     ("tiny8/full/8", "features", "packed"): "features of a pool",
     ("tiny8/speech/4", "features", "packed_nf4"): "features of a pool in 4 bits",
     ("tiny8/speech/4", "whole", "mixture"): "waveforms to LLM embeddings",
     ("tiny8/speech/2", "frozen step", "mixture_step"): "a training step, base encoder frozen",
+}
+GPU_OVERVIEW: Overview = {
+    ("tiny8/speech/64", "features", "packed"): "features of a pool",
+    ("tiny8/speech/64", "features", "packed_nf4"): "features of a pool in 4 bits",
+    ("tiny8/speech/16", "whole", "mixture"): "waveforms to LLM embeddings",
+    ("tiny8/speech/16", "step", "packed_step"): "a training step of the pool",
+    ("tiny8/speech/16", "frozen step", "mixture_step"): "a training step, base encoder frozen",
 }
 _SECTIONS = {
     "features": "Features of the chosen encoders",
@@ -35,9 +47,13 @@ _SECTIONS = {
 
 
 def page(
-    cpu: dict[str, Any], sweeps: dict[str, Any], profiled: dict[str, Any], gpu: dict[str, Any] | None, pictures: str
+    cpu: dict[str, Any],
+    sweeps: dict[str, Any],
+    profiled: dict[str, Any],
+    gpus: Mapping[str, dict[str, Any]],
+    pictures: str,
 ) -> str:
-    """The whole page. gpu: None where nobody has measured on one. pictures: folder of the pictures, as linked to."""
+    """The whole page. gpus: what was measured on GPUs, by name. pictures: folder of the pictures, as linked to."""
     lines = ["# Benchmarks", "", "Made by `python -m benchmarks page` from the committed results.", ""]
     lines += ["## On a CPU", "", conditions(cpu), "", _workload_names(), ""]
     lines += _picture(pictures, "speedup.png")
@@ -47,33 +63,24 @@ def page(
     lines += ["### Scaling", "", f"Measured by `{sweeps['command']}`.", "", *_picture(pictures, "sweeps.png")]
     lines += [*_where_time_goes(profiled), *_beside_the_base(profiled)]
     lines += ["### Not run here", "", *(f"- {name}: {reason}." for name, reason in cpu["missing"].items()), ""]
-    lines += ["## On a CUDA GPU", ""]
-    if gpu is not None:
-        lines += [conditions(gpu), "", *_tables(gpu["results"])]
-    else:
-        rows = [(f"{c.workload}, {c.mode}", "not measured yet") for c in SUITES["gpu"]]
-        lines += [table(("workload", "result"), [*rows, ("single ops", "not measured yet")]), ""]
+    for name, gpu in gpus.items():
+        lines += [f"## On {gpu['device']}", "", conditions(gpu), "", *_gpu_picture(pictures, name, "speedup")]
+        lines += [*_tables(gpu["results"]), *_gpu_picture(pictures, name, "floor"), *_not_measured(gpu["results"])]
+    if not gpus:
+        lines += ["## On a CUDA GPU", "", *_not_measured([]), "Single ops: not measured yet.", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def readme(cpu: dict[str, Any], profiled: dict[str, Any], pictures: str) -> str:
+def readme(cpu: dict[str, Any], profiled: dict[str, Any], gpus: Mapping[str, dict[str, Any]], pictures: str) -> str:
     """The README's section."""
-    rows = [
-        (
-            f"{title}: {clips(own['about'])}",
-            meaning(theirs),
-            *(f"{result['seconds']['median']:.2f}" for result in (theirs, own)),
-            speedup(own, "**{:.1f}x**"),
-        )
-        for title, theirs, own in overview(cpu)
-    ]
     slots, whole = added(profiled["parts"], "routers", "pool"), _whole(profiled)
     return "\n".join(
         (
             f"{machine(cpu)}; pools of eight Whisper-tiny, two chosen for each clip. `{cpu['command']}` measures it.",
             "",
-            table(("what", "the usual way", "its seconds", "packed", "speed-up"), rows),
+            _summary(cpu, OVERVIEW),
             "",
+            *(line for gpu in gpus.values() for line in _on_gpu(gpu)),
             *_picture(pictures, "overview.png"),
             f"Two Whisper-tiny slots add {slots['seconds']:.1%} to the time of a Whisper-large base encoder, with the "
             f"projector {whole['seconds']:.1%} (`{profiled['command']}`). Every provider, where the time goes, single "
@@ -82,14 +89,42 @@ def readme(cpu: dict[str, Any], profiled: dict[str, Any], pictures: str) -> str:
     )
 
 
-def overview(cpu: dict[str, Any]) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+def overview(report: dict[str, Any], wanted: Overview) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
     """(what, the baseline's result, the library's) of what a newcomer wants to know, as far as it was measured."""
-    found = {(r["subject"], r["mode"], r["provider"]): r for r in cpu["results"]}
+    found = {(r["subject"], r["mode"], r["provider"]): r for r in reversed(report["results"])}
     return [
         (title, found[subject, mode, found[subject, mode, own]["baseline"]], found[subject, mode, own])
-        for (subject, mode, own), title in OVERVIEW.items()
+        for (subject, mode, own), title in wanted.items()
         if (subject, mode, own) in found
     ]
+
+
+def _on_gpu(gpu: dict[str, Any]) -> list[str]:
+    return [f"{machine(gpu)}; the same pools. `{gpu['command']}`:", "", _summary(gpu, GPU_OVERVIEW), ""]
+
+
+def _summary(report: dict[str, Any], wanted: Overview) -> str:
+    rows = [
+        (
+            f"{title}: {clips(own['about'])}",
+            meaning(theirs),
+            *(duration(result["seconds"]["median"]) for result in (theirs, own)),
+            speedup(own, "**{:.1f}x**"),
+        )
+        for title, theirs, own in overview(report, wanted)
+    ]
+    return table(("what", "the usual way", "its time", "packed", "speed-up"), rows)
+
+
+def _not_measured(results: Sequence[dict[str, Any]]) -> list[str]:
+    """The comparisons of the GPU suite of which nothing is among the results."""
+    found = {(r["subject"], r["mode"], r["baseline"], r["provider"]) for r in results}
+    absent = [
+        f"{c.workload}, {c.mode}: {', '.join(c.providers)}"
+        for c in SUITES["gpu"]
+        if not all((c.workload, c.mode, c.providers[0], provider) in found for provider in c.providers)
+    ]
+    return ["### Not measured yet", "", *(f"- {name}" for name in absent), ""] if absent else []
 
 
 def _tables(results: Sequence[dict[str, Any]]) -> list[str]:
@@ -150,6 +185,10 @@ def _workload_names() -> str:
         "around 8 s, `short` 1 to 5 s, `spread` 2 to 20 s. Providers that pad compute 30 s windows of every clip, the "
         "packed pool the clips' own frames, but where every clip is 30 s."
     )
+
+
+def _gpu_picture(folder: str, gpu: str, name: str) -> list[str]:
+    return [f"![{GPU_PICTURES[name]}]({Path(folder, f'{gpu}-{name}.png').as_posix()})", ""]
 
 
 def _picture(folder: str, name: str) -> list[str]:

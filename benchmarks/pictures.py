@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.page import overview
+from benchmarks.page import OVERVIEW, overview
 from benchmarks.tables import OPS, clips, meaning, speedup, title
 
 Value, Text = Callable[[dict[str, Any]], float], Callable[[dict[str, Any]], str]
@@ -19,21 +19,17 @@ _LIBRARY = {"packed", "packed_nf4", "mixture", "packed_step", "mixture_step"}
 _MANY = 8  # a sweep from one to so many times as much is drawn on a logarithmic axis
 
 
-def draw(cpu: dict[str, Any], sweeps: dict[str, Any], folder: Path) -> list[Path]:
-    """An overview, speed-ups, time along each sweep, shares of the floor by op, peak memory; PNG files in a folder."""
+def draw(cpu: dict[str, Any], sweeps: dict[str, Any], gpus: Mapping[str, dict[str, Any]], folder: Path) -> list[Path]:
+    """An overview, speed-ups, time along each sweep, shares of the floor by op, peak memory; PNG files in a folder.
+
+    gpus: by name; of each, speed-ups and shares of the floor.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     mixtures = [r for r in cpu["results"] if r["mode"] not in OPS]
-    ops = [r for r in cpu["results"] if r["mode"] in OPS]
     where = f"{cpu['device']}, {cpu['threads']} threads, float32, random weights; this library in green"
     pictures = {
-        "overview.png": _overview(overview(cpu), where),
-        "speedup.png": _bars(
-            mixtures,
-            lambda r: r["speedup"]["median"],
-            lambda r: speedup(r, "{:.1f}x"),
-            "How many times as fast as the first way",
-            where,
-        ),
+        "overview.png": _overview(overview(cpu, OVERVIEW), where),
+        "speedup.png": _speedups(cpu, where),
         "memory.png": _bars(
             [r for r in mixtures if r["memory"]],
             lambda r: r["memory"]["peak"] / 2**20,
@@ -41,20 +37,37 @@ def draw(cpu: dict[str, Any], sweeps: dict[str, Any], folder: Path) -> list[Path
             "Peak memory of the process, all its libraries included",
             where,
         ),
-        "floor.png": _bars(
-            ops,
-            lambda r: 100 * r["floor"] / r["seconds"]["median"],
-            lambda r: f"{r['floor'] / r['seconds']['median']:.0%}",
-            "Single ops: how much of the machine's measured limit is reached",
-            where,
-        ),
+        "floor.png": _floors(cpu, where),
         "sweeps.png": _lines(sweeps["results"], where),
     }
+    for name, gpu in gpus.items():
+        on_gpu = f"{gpu['device']}, bfloat16, random weights; this library in green"
+        pictures |= {f"{name}-speedup.png": _speedups(gpu, on_gpu), f"{name}-floor.png": _floors(gpu, on_gpu)}
     paths = []
     for name, figure in pictures.items():
         figure.savefig(folder / name, dpi=110, facecolor="white", bbox_inches="tight")
         paths.append(folder / name)
     return paths
+
+
+def _speedups(report: dict[str, Any], where: str) -> Figure:
+    return _bars(
+        [r for r in report["results"] if r["mode"] not in OPS],
+        lambda r: r["speedup"]["median"],
+        lambda r: speedup(r, "{:.1f}x"),
+        "How many times as fast as the first way",
+        where,
+    )
+
+
+def _floors(report: dict[str, Any], where: str) -> Figure:
+    return _bars(
+        [r for r in report["results"] if r["mode"] in OPS],
+        lambda r: 100 * r["floor"] / r["seconds"]["median"],
+        lambda r: f"{r['floor'] / r['seconds']['median']:.0%}",
+        "Single ops: how much of the machine's measured limit is reached",
+        where,
+    )
 
 
 def _overview(rows: Sequence[tuple[str, dict[str, Any], dict[str, Any]]], where: str) -> Figure:

@@ -87,6 +87,11 @@ def load(path: Path) -> dict[str, Any]:
     return report
 
 
+def on_gpus(folder: Path) -> dict[str, dict[str, Any]]:
+    """What was measured on GPUs, by the names of their folders. Raises ValueError as `load` does."""
+    return {path.parent.name: load(path) for path in sorted(folder.glob("*/gpu.json"))}
+
+
 def _cpu_model() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().split("\n") if info.exists() else []

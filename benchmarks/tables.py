@@ -15,7 +15,7 @@ from benchmarks.rivals import MEANINGS
 BEGIN = "<!-- performance: begin (python -m benchmarks page) -->"
 END = "<!-- performance: end -->"
 OPS = ("forward", "backward")
-_HEADER = ("computed by", "seconds", "speed-up", "20 % to 80 %", "share of the floor", "peak memory")
+_HEADER = ("computed by", "time", "speed-up", "20 % to 80 %", "share of the floor", "peak memory")
 _MODES = {
     "features": "features of the chosen encoders",
     "whole": "from waveforms to the language model's embeddings",
@@ -50,7 +50,7 @@ def conditions(report: dict[str, Any]) -> str:
     roofs = report["roofs"]
     return (
         f"{machine(report)}. Measured by `{report['command']}`: outputs compared first, then every provider in turns. "
-        "Seconds: median. Speed-up: against the first line in the same round; none is given where 20 % and 80 % of the "
+        "Time: median. Speed-up: against the first line in the same round; none is given where 20 % and 80 % of the "
         "rounds lie on both sides of 1. Share of the floor: the time the matrix products alone would take at the rate "
         f"this machine reached in the same run ({roofs['flops'] / 1e9:.0f} GFLOP/s), or the bytes at its bandwidth "
         f"({roofs['bandwidth'] / 1e9:.0f} GB/s), by the time taken."
@@ -86,6 +86,13 @@ def speedup(result: dict[str, Any], form: str = "{:.2f}") -> str:
     return form.format(of["median"]) if differs else "no difference"
 
 
+def duration(seconds: float) -> str:
+    """With a unit that makes it readable."""
+    if seconds >= 0.1:
+        return f"{seconds:.2f} s"
+    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} us"
+
+
 def title(result: dict[str, Any]) -> str:
     """What was measured, in words."""
     subject, mode, about = (result[name] for name in ("subject", "mode", "about"))
@@ -110,10 +117,9 @@ def _by_subject(results: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[t
 
 def _row(result: dict[str, Any]) -> tuple[str, ...]:
     seconds, of, floor, memory = (result[name] for name in ("seconds", "speedup", "floor", "memory"))
-    unit = f"{seconds['median'] * 1e3:.2f} ms" if result["mode"] in OPS else f"{seconds['median']:.2f}"
     return (
         meaning(result),
-        unit,
+        duration(seconds["median"]),
         speedup(result),
         f"{of['p20']:.2f} to {of['p80']:.2f}",
         "" if floor is None else f"{floor / seconds['median']:.0%}",

@@ -7,7 +7,7 @@ import pytest
 from benchmarks.__main__ import PAGE, PICTURES, README, RESULTS
 from benchmarks.page import page, readme
 from benchmarks.pictures import draw
-from benchmarks.results import load
+from benchmarks.results import load, on_gpus
 from benchmarks.tables import BEGIN, END, fill, rich_tables, speedup
 from tests.benchmarks.reports import BASELINES, report, result
 
@@ -43,17 +43,24 @@ PROFILED = report(
 
 
 def test_page_says_what_was_measured_and_what_was_not():
-    text = page(CPU, SWEEPS, PROFILED, None, "benchmarks")
-    assert "| one packed pass, from waveforms | 0.20 | 5.00 | 4.75 to 5.25 | 25% | 1024 MiB |" in text
+    text = page(CPU, SWEEPS, PROFILED, {}, "benchmarks")
+    assert "| one packed pass, from waveforms | 0.20 s | 5.00 | 4.75 to 5.25 | 25% | 1024 MiB |" in text
     assert "- padded_loop_compiled: torch.compile needs a C++ compiler." in text
     assert "| matrix products | 75.0% |" in text
     assert "| pool | 70.0 | 4.0 | 3.5% | 4.0% |" in text
-    assert "| tiny8/speech/64, features | not measured yet |" in text
-    assert "not measured yet" not in page(CPU, SWEEPS, PROFILED, CPU, "benchmarks")
+    assert "Not measured yet" in text and "- tiny8/speech/64, features: per_clip, padded_loop, packed\n" in text
+
+
+def test_page_says_what_was_measured_on_a_gpu():
+    packed = [result(name, 5.0, subject="tiny8/speech/64") for name in ("per_clip", "padded_loop", "packed")]
+    text = page(CPU, SWEEPS, PROFILED, {"some-gpu": report(*packed) | {"device": "Some GPU"}}, "benchmarks")
+    assert "## On Some GPU" in text and "(benchmarks/some-gpu-speedup.png)" in text
+    assert "- tiny8/speech/64, features: per_clip, padded_loop, packed\n" not in text
+    assert "- tiny8/speech/64, features: nf4_loop, packed, packed_nf4\n" in text
 
 
 def test_readme_shows_what_a_newcomer_wants_to_know():
-    text = readme(CPU, PROFILED, "docs/benchmarks")
+    text = readme(CPU, PROFILED, {}, "docs/benchmarks")
     assert "| features of a pool: 2 clips of 2.0 to 9.5 s | transformers, each clip" in text and "| **5.0x** |" in text
     assert "add 4.0% to the time of a Whisper-large base encoder, with the projector 5.0%" in text
 
@@ -69,8 +76,10 @@ def test_screen_shows_a_table_for_each_subject():
 
 
 def test_pictures(tmp_path):
-    paths = draw(CPU, SWEEPS, tmp_path)
-    assert {path.stem for path in paths} == {"overview", "speedup", "memory", "floor", "sweeps"}
+    paths = draw(CPU, SWEEPS, {"some-gpu": CPU}, tmp_path)
+    assert {path.stem for path in paths} == {
+        *("overview", "speedup", "memory", "floor", "sweeps", "some-gpu-speedup", "some-gpu-floor")
+    }
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
 
@@ -86,5 +95,6 @@ def test_only_what_is_between_the_markers_changes(tmp_path):
 
 def test_committed_pages_are_those_of_the_committed_results():
     cpu, sweeps, profiled = (load(RESULTS / f"{name}.json") for name in ("cpu", "sweeps", "profile"))
-    assert PAGE.read_text() == page(cpu, sweeps, profiled, None, PICTURES.name)
-    assert readme(cpu, profiled, "docs/benchmarks") in README.read_text()
+    gpus = on_gpus(RESULTS.parent)
+    assert PAGE.read_text() == page(cpu, sweeps, profiled, gpus, PICTURES.name)
+    assert readme(cpu, profiled, gpus, "docs/benchmarks") in README.read_text()
