@@ -37,6 +37,8 @@ using torch::stable::Tensor;
 constexpr float kCode[16] = MOWE_NF4_CODE;
 constexpr int64_t kPiece = 16384;           // values handled at a time, a multiple of every block size
 constexpr int64_t kBytesAThread = 2 << 20;  // written in the time that it takes to wake a thread
+// Results of so many bytes are written past the caches: they would not stay there, but be fetched before and evict others.
+constexpr int64_t kBytesAroundCache = 16 << 20;
 
 // What one encoder's matrix is made of.
 struct Matrix {
@@ -139,9 +141,11 @@ MOWE_AVX512_INLINE __m512i look_up(const uint8_t* codes, __m512i table, T) {  //
   return _mm512_permutexvar_epi16(_mm512_srlv_epi16(bytes, _mm512_set1_epi32(4)), table);
 }
 
+// around_cache: past the caches, which takes a result that starts at 64 bytes.
 template <typename T>
-MOWE_AVX512 void dequantize_avx512(const Matrix& m, T* out, int64_t first, int64_t last) {
+MOWE_AVX512 void dequantize_avx512(const Matrix& m, T* out, int64_t first, int64_t last, bool around_cache) {
   constexpr int64_t kStep = 64 / sizeof(T);
+  around_cache &= reinterpret_cast<uintptr_t>(out + first) % 64 == 0 && m.blocksize % kStep == 0;
   const __m512 code = _mm512_loadu_ps(kCode);
   for (int64_t start = first; start < last; start += m.blocksize) {
     const int64_t count = std::min(m.blocksize, last - start);
@@ -149,17 +153,21 @@ MOWE_AVX512 void dequantize_avx512(const Matrix& m, T* out, int64_t first, int64
     const float scale = m.scale(start / m.blocksize);
     const __m512i table = table_of(_mm512_mul_ps(code, _mm512_set1_ps(scale)), T());
     int64_t i = 0;
-    for (; i + kStep <= count; i += kStep) _mm512_storeu_si512(out + start + i, look_up(codes + i / 2, table, T()));
+    if (around_cache)
+      for (; i + kStep <= count; i += kStep)
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(out + start + i), look_up(codes + i / 2, table, T()));
+    else
+      for (; i + kStep <= count; i += kStep) _mm512_storeu_si512(out + start + i, look_up(codes + i / 2, table, T()));
     if (i < count) look_up(codes + i / 2, scale, out + start + i, count - i);
   }
 }
 #endif
 
 template <typename T>
-void dequantize_piece(const Matrix& m, int64_t piece) {
+void dequantize_piece(const Matrix& m, int64_t piece, [[maybe_unused]] bool around_cache) {
   const int64_t first = piece * kPiece, last = std::min(first + kPiece, m.count);
 #if defined(MOWE_X86)
-  if (kHasAvx512) return dequantize_avx512(m, static_cast<T*>(m.out), first, last);
+  if (kHasAvx512) return dequantize_avx512(m, static_cast<T*>(m.out), first, last, around_cache);
 #endif
   dequantize(m, static_cast<T*>(m.out), first, last);
 }
@@ -168,15 +176,22 @@ void dequantize_piece(const Matrix& m, int64_t piece) {
 template <typename T>
 void dequantize_all(const std::vector<Matrix>& matrices) {
   std::vector<int64_t> ends;
-  int64_t total = 0;
-  for (const Matrix& m : matrices) ends.push_back(total += (m.count + kPiece - 1) / kPiece);
+  int64_t total = 0, bytes = 0;
+  for (const Matrix& m : matrices) {
+    ends.push_back(total += (m.count + kPiece - 1) / kPiece);
+    bytes += m.count * static_cast<int64_t>(sizeof(T));
+  }
+  const bool around_cache = bytes >= kBytesAroundCache;
   const int64_t grain = kBytesAThread / (kPiece * static_cast<int64_t>(sizeof(T)));
   torch::stable::parallel_for(0, total, grain, [&](int64_t first, int64_t last) {
     size_t m = std::upper_bound(ends.begin(), ends.end(), first) - ends.begin();
     for (int64_t piece = first; piece < last; ++piece) {
       while (piece >= ends[m]) ++m;
-      dequantize_piece<T>(matrices[m], piece - (m ? ends[m - 1] : 0));
+      dequantize_piece<T>(matrices[m], piece - (m ? ends[m - 1] : 0), around_cache);
     }
+#if defined(MOWE_X86)
+    if (around_cache) _mm_sfence();  // such stores are seen by other threads after this alone
+#endif
   });
 }
 

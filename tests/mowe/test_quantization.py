@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 from copy import deepcopy
+from functools import partial
 
 import bitsandbytes as bnb
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, HubertConfig, WhisperConfig
 
 import mowe
 from mowe.families.nf4 import Nf4StackedLinear
 from mowe.families.stacked import StackedLinear
 from tests.mowe.audio_llm import CLIPS, PROMPTS, answers, processor_of, tiny_model, tiny_pool
-from tests.mowe.encoders import clip, hubert, whisper
+from tests.mowe.encoders import alone, clip, hubert, whisper
 
 WAVES = [clip(16_000, 1), clip(9_000, 3)]
 CHOICES = [[0, 1], [2, 3]]
@@ -50,13 +51,19 @@ def run_with_bitsandbytes(encoder, wave, double_quant):
             linear.load_state_dict(module.state_dict())
             linear.support_avx512bf16_for_cpu = False
             encoder.set_submodule(name, linear.to("cpu"))
-    return encoder(wave[None]).last_hidden_state[0]
+    return alone(encoder, wave)
+
+
+# bitsandbytes 0.50 on the CPU gives wrong values where rows are parts of a block, 32 columns say.
+WHOLE_BLOCKS = {"d_model": 64, "encoder_ffn_dim": 128}
+MAKERS = {"hubert": partial(hubert, conv_dim=[24] * 7), "whisper": partial(whisper, **WHOLE_BLOCKS)}
 
 
 @pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 @torch.no_grad()
-def test_pool_error_is_that_of_bitsandbytes(double_quant):
-    encoders = [hubert(seed, conv_dim=[24] * 7) for seed in (2, 4)]
+def test_pool_error_is_that_of_bitsandbytes(make, double_quant):
+    encoders = [make(seed) for seed in (2, 4)]
     pool = mowe.EncoderPool.from_encoders(encoders)
     full = pool.encode(WAVES, [[0], [1]])
     ours = mowe.quantize(pool, double_quant=double_quant).encode(WAVES, [[0], [1]])
@@ -92,12 +99,15 @@ def test_pool_keeps_norms_biases_and_convolutions():
             assert_close(kept[name], value, rtol=0, atol=0)
 
 
-def test_pool_storage():
-    pool = mowe.EncoderPool.from_encoders([whisper(s, d_model=128, encoder_ffn_dim=512) for s in range(2)])
+@pytest.mark.parametrize("encoder", [WhisperConfig(), HubertConfig()], ids=["whisper-tiny", "hubert-base"])
+def test_pool_storage(encoder):
+    """Of encoders as large as real ones, without their numbers: the code table of an encoder counts less in those."""
+    with torch.device("meta"):
+        pool = mowe.EncoderPool(mowe.MowePoolConfig(encoders=[{"config": encoder, "do_normalize": False}] * 2))
     count = sum(m.weight.numel() for m in pool.modules() if isinstance(m, StackedLinear))
     stored = sum(m.quantized.nbytes() for m in mowe.quantize(pool).modules() if isinstance(m, Nf4StackedLinear))
-    # 1 KB of code table an encoder is 1/16 byte a value of the smallest matrix; test_nf4 has one of Whisper-tiny
-    assert stored <= 0.56 * count
+    assert count > 10_000_000
+    assert stored <= 0.53 * count
 
 
 def test_encoder_given_back_has_the_dequantized_weights():

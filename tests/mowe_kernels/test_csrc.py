@@ -39,6 +39,11 @@ for shape in ((1, 1), (3, 5), (64, 64), (130, 67), (33, 100)):
                     expected = nf4_dequantize_grouped([theirs.matrix], offsets, dtype)[0]
                 assert torch.equal(mine.codes, theirs.codes) and torch.equal(mine.absmax, theirs.absmax)
                 assert torch.equal(out[[0, 2]], expected[[0, 2]])
+for shape in ((1024, 2048), (1023, 2049)):  # so much that it is written past the caches, and not at 64 bytes each
+    mine = nf4_quantize(torch.randn(3, *shape))
+    with use_backend("reference"):
+        expected = mine.dequantize()
+    assert torch.equal(mine.dequantize(), expected)
 print("same")
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import bitsandbytes.functional as bnb
@@ -106,11 +107,12 @@ def test_quant_states_go_out_and_come_back(double_quant):
             exact(getattr(back, name), getattr(mine, name))
 
 
-def entry(**changes):
-    data, state = nf4_quantize(
-        weights((16, 24), encoders=1), double_quant=changes.pop("double_quant", False)
-    ).quant_state(0)
-    return data, state | changes
+def entry(blocksize=64, double_quant=False, **changes):
+    """Of a matrix in blocks of 64 values; blocksize: what its state says."""
+    data, state = nf4_quantize(weights((16, 24), encoders=1), double_quant=double_quant).quant_state(0)
+    (name,) = (name for name in state if name.startswith("quant_state"))
+    settings = json.loads(bytes(state[name].tolist())) | {"blocksize": blocksize}
+    return data, state | {name: torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)} | changes
 
 
 def fp4_entry():
@@ -131,6 +133,8 @@ def fp4_entry():
         (lambda: [entry(), entry(double_quant=True)], "encoder 1 and encoder 0 differ in double quantisation"),
         (lambda: [entry(), nf4_quantize(weights((24, 16))).quant_state(0)], "encoder 1 has shape"),
         (lambda: [(torch.zeros(7, 1, dtype=torch.uint8), entry()[1])], "codes must be two values"),
+        (lambda: [entry(blocksize=48)], "blocksize must be one of .*, got 48"),
+        (lambda: [entry(), nf4_quantize(weights((16, 24)), 128).quant_state(0)], "encoder 1 has blocksize 128"),
     ],
 )
 def test_bad_states_are_refused(entries, message):
