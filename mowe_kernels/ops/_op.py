@@ -113,7 +113,10 @@ def check_shape(op: str, name: str, tensor: torch.Tensor, expected: tuple[int | 
     shape = tensor.shape
     if shape == expected:  # the common case, and the quick one
         return
-    if len(shape) != len(expected) or any(e is not None and s != e for s, e in zip(shape, expected, strict=True)):
+    fits = len(shape) == len(expected)
+    for size, wanted in zip(shape, expected, strict=False):
+        fits &= wanted is None or size == wanted
+    if not fits:
         sizes = ", ".join("any" if e is None else str(e) for e in expected)
         raise ValueError(f"{op}: {name} must be {meaning} with sizes [{sizes}], got {list(shape)}")
 

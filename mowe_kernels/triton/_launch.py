@@ -177,8 +177,21 @@ def launch(
 def _start(
     device: int, kernel: Any, programs: int, args: tuple, num_warps: int, num_stages: int, constexprs: dict[str, Any]
 ) -> None:
-    """Have Triton compile and start what was not started yet, and start what was without asking it again."""
-    key = device, kernel.fn, num_warps, num_stages, *constexprs, *constexprs.values(), *map(_kind, args)
+    """Have Triton compile and start what was not started yet, and start what was without asking it again.
+
+    Then tensors are given by their addresses, which Triton would have to ask of them, and the driver whether it knows
+    them.
+    """
+    kinds, values = [], []
+    for arg in args:
+        if isinstance(arg, Tensor):
+            address = arg.data_ptr()
+            kinds.append((arg.dtype, arg.is_cuda, address % 16 == 0))
+            values.append(address)
+        else:
+            kinds.append(_kind(arg))
+            values.append(arg)
+    key = device, kernel.fn, num_warps, num_stages, *constexprs, *constexprs.values(), *kinds
     known = _compiled.get(key)
     if known is None or _hooked():
         compiled = kernel[(programs,)](*args, num_warps=num_warps, num_stages=num_stages, **constexprs)
@@ -187,15 +200,15 @@ def _start(
     else:
         run, function, metadata, constants = known
         stream = driver.active.get_current_stream(device)
-        run(programs, 1, 1, stream, function, metadata, None, None, None, *args, *constants)
+        run(programs, 1, 1, stream, function, metadata, None, None, None, *values, *constants)
 
 
 def _kind(arg: Any) -> Any:
-    """What a compiled kernel may depend on of an argument that is no constant: never less than what Triton looks at."""
+    """What a compiled kernel may depend on of an argument that is neither a constant nor a tensor: as for tensors,
+    never less than what Triton looks at.
+    """
     if arg is None:
         return None
-    if isinstance(arg, Tensor):
-        return arg.dtype, arg.data_ptr() % 16 == 0
     if isinstance(arg, int):
         return arg == 1, arg % 16 == 0, -(2**31) <= arg < 2**31
     return float if isinstance(arg, float) else (arg.base.dtype, *arg.block_shape)

@@ -36,11 +36,10 @@ def errors(
     gradient of the others is NaN. frozen: inputs that get no gradient.
     """
     rounded = {name: None if value is None else value.to(dtype) for name, value in inputs.items()}
-    learning = [name for name, value in inputs.items() if value is not None and name not in frozen]
     results = []
     for backend, computed_in in (("reference", torch.float64), ("reference", dtype), ("triton", dtype)):
         with use_backend(backend):
-            results.append(_differentiate(op, rounded, learning, rows, computed_in))
+            results.append(differentiate(op, rounded, rows, computed_in, frozen))
     exact, by_torch, ours = results
     return [_error(name, value, by_torch[name], exact[name]) for name, value in ours.items()]
 
@@ -60,9 +59,11 @@ def poisoned() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
-def _differentiate(
-    op: Callable[..., Tensor], inputs: Inputs, learning: list[str], rows: int, dtype: torch.dtype
+def differentiate(
+    op: Callable[..., Tensor], inputs: Inputs, rows: int, dtype: torch.dtype, frozen: tuple[str, ...] = ()
 ) -> dict[str, Tensor]:
+    """The result and the gradients of op(**inputs), computed in `dtype` by the backend in force; the rest as above."""
+    learning = [name for name, value in inputs.items() if value is not None and name not in frozen]
     leaves = {name: None if value is None else value.to(dtype).clone() for name, value in inputs.items()}
     for name in learning:
         leaves[name].requires_grad_()

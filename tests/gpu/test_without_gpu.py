@@ -41,3 +41,7 @@ def test_of_the_mixture(body):
 @pytest.mark.parametrize("case", kernels.far_cases(16))
 def test_rows_far_away(case):
     kernels.check_far(case, 3_000)
+
+
+def test_of_the_memory_checker():
+    kernels.small_grid()
