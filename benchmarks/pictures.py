@@ -61,8 +61,11 @@ def _speedups(report: dict[str, Any], where: str) -> Figure:
 
 
 def _floors(report: dict[str, Any], where: str) -> Figure:
+    """Without ops that do next to nothing, and take their time to start."""
+    ops = [r for r in report["results"] if r["mode"] in OPS]
+    telling = {(r["subject"], r["mode"]) for r in ops if r["floor"] >= 0.01 * r["seconds"]["median"]}
     return _bars(
-        [r for r in report["results"] if r["mode"] in OPS],
+        [r for r in ops if (r["subject"], r["mode"]) in telling],
         lambda r: 100 * r["floor"] / r["seconds"]["median"],
         lambda r: f"{r['floor'] / r['seconds']['median']:.0%}",
         "Single ops: how much of the machine's measured limit is reached",
