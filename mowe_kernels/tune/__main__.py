@@ -12,7 +12,8 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     device = torch.device("cuda", torch.cuda.current_device())
     if asked.only:
-        said = list(wrong_results(cases(SIZE, device)[asked.only], DTYPES))
-        print(json.dumps(said), flush=True)
-        if not said:
-            search.compile_candidates([asked.only], device)
+        with launched_by({}, device):
+            said = list(wrong_results(cases(SIZE, device)[asked.only], DTYPES))
+            print(json.dumps(said), flush=True)
+            if not said:
+                search.compile_candidates([asked.only], device)
         return 0
     folder, written = asked.output or tables.user_folder(), []
     _, wrong = measure(
@@ -92,26 +94,36 @@ def measure(
 
     table = kept()
     try:
-        for tuning in search.tunings(right, device, rows or search.ROWS):
-            if time.monotonic() > deadline:
-                print("time is up: the settings not tried yet stay as they are")
-                break
-            name = f"{tuning.name}, {tuning.key}"
-            chosen, fastest, plain = search.best(tuning, timer, deadline)
-            said = "stays as it is" if chosen is search.UNCHANGED else f"{fastest:.3f} ms with {chosen}"
-            print(f"{name}: {plain:.3f} ms, {said}", flush=True)
-            if chosen is not search.UNCHANGED:
-                settings[name] = chosen
-                table = kept()
+        # Without those of a table that may be there: what stays as it is would be missing in the new one.
+        with launched_by({}, device):
+            for tuning in search.tunings(right, device, rows or search.ROWS):
+                if time.monotonic() > deadline:
+                    print("time is up: the settings not tried yet stay as they are")
+                    break
+                name = f"{tuning.name}, {tuning.key}"
+                chosen, fastest, plain = search.best(tuning, timer, deadline)
+                said = "stays as it is" if chosen is search.UNCHANGED else f"{fastest:.3f} ms with {chosen}"
+                print(f"{name}: {plain:.3f} ms, {said}", flush=True)
+                if chosen is not search.UNCHANGED:
+                    settings[name] = chosen
+                    table = kept()
         if "varlen_attention" in right and time.monotonic() <= deadline:
-            for choice in search.attention_choices(device, timer, rows or search.ROWS):
-                print(choice, flush=True)
-                choices.append(choice)
+            with launched_by(settings, device):
+                for choice in search.attention_choices(device, timer, rows or search.ROWS):
+                    print(choice, flush=True)
+                    choices.append(choice)
             table = kept()
     except Exception as error:  # after an access out of bounds nothing in this process reaches the device any more
         print(f"the search for settings broke off: {_shortly(error)}", flush=True)
         wrong = True
     return table, wrong
+
+
+def launched_by(settings: Mapping[str, Any], device: torch.device) -> AbstractContextManager[None]:
+    """Inside the `with` block, these measured settings hold, and not those of the device's table."""
+    from mowe_kernels.triton._launch import assume, hardware
+
+    return assume(hardware(device)._replace(tuned=settings))
 
 
 def apart(ops: Sequence[str], seconds: float) -> dict[str, list[str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -166,6 +168,19 @@ def two_ops(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     some = {name: cases(TINY, CPU)[name] for name in ("sequence_mean", "pack_plan")}
     monkeypatch.setattr(tune, "cases", lambda size, device: some)
+
+
+def test_a_table_that_is_there_has_no_say_in_a_new_one(monkeypatch, two_ops):
+    """What the old one chose is tried like everything else, and is in the new one if it is still the fastest."""
+    call = partial(torch.ones, 3)
+    monkeypatch.setattr(search, "tunings", lambda *args: [Tuning("thing", "key", (1, 2), call)])
+
+    def timer(call):
+        return 1.0 if setting("thing", 1, _launch.hardware(CPU), "key") == 2 else 2.0
+
+    with _launch.assume(_launch.hardware(CPU)._replace(tuned={"thing, key": 2})):
+        table, _ = tune.measure(CPU, timer, 10.0, TINY, 8, (torch.float32,))
+    assert table.settings == {"thing, key": 2}
 
 
 def test_what_was_found_stays_where_the_search_breaks_off(monkeypatch, two_ops, capsys):
