@@ -104,12 +104,15 @@ class Spectrogram:
         mirrored = torch.where(position < lengths, mirrored, 0.0)  # the end of a window may lie in its padding
         silence = samples.new_zeros(3 * HOP)
         pieces: list[Tensor] = []
-        for wave, mirror, hops, end in zip(
-            samples.split(self.audio.lengths), mirrored, self._hops, self._ends, strict=True
-        ):
+        starts, stops = (part.unbind() for part in mirrored.split((_EDGE, 2 * HOP - _EDGE), dim=1))
+        waves = samples.split(self.audio.lengths)
+        for start, wave, stop, hops, end in zip(starts, waves, stops, self._hops, self._ends, strict=True):
             room = hops * HOP - _EDGE
-            padding = max(min(room, end) - len(wave), 0)
-            pieces += mirror[:_EDGE], wave[:room], silence[:padding], mirror[_EDGE : _EDGE + max(room - end, 0)]
+            pieces += start, wave if len(wave) <= room else wave[:room]  # a view less is a clip's time on the host
+            if len(wave) < (inside := min(room, end)):
+                pieces.append(silence[: inside - len(wave)])
+            if end < room:
+                pieces.append(stop[: room - end])
         return torch.cat((*pieces, silence))
 
 

@@ -216,7 +216,7 @@ def _kind(arg: Any) -> Any:
 
 def _hooked() -> bool:
     """Whether somebody, a profiler say, wants to hear of every launch."""
-    return bool(knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls)
+    return any((knobs.runtime.launch_enter_hook.calls, knobs.runtime.launch_exit_hook.calls))
 
 
 def recorded(capability: int, calls: Mapping[str, Callable[[], Any]]) -> Iterator[Compilation]:
