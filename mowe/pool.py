@@ -49,14 +49,10 @@ class PoolOutput:
 
     @cached_property
     def _pairs(self) -> list[list[Tensor | None]]:
-        position = self.plan.position
+        slots = self.plan.position.shape[1]
         firsts = [self.plan.family(f).rows.cu_seqlens for f in range(len(self.rows))]
-        places, *bounds = (
-            t.tolist()
-            for t in torch.cat([position.flatten(), *firsts])
-            .cpu()
-            .split_with_sizes([position.numel(), *map(len, firsts)])
-        )
+        tables = [self.plan.position.flatten(), *firsts]
+        places, *bounds = (part.tolist() for part in torch.cat(tables).cpu().split(list(map(len, tables))))
 
         def find(place: int) -> Tensor | None:
             for rows, first in zip(self.rows, bounds, strict=True):
@@ -64,7 +60,6 @@ class PoolOutput:
                     return rows[first[place] : first[place + 1]]
             return None
 
-        slots = position.shape[1]
         return [[find(place) for place in places[at : at + slots]] for at in range(0, len(places), slots)]
 
 

@@ -52,8 +52,8 @@ def implementation(op: str, args: Sequence[Any] = ()) -> ModuleType:
     kernel is plain torch where that backend is forced.
     """
     tensor = next(_tensors(args), None)
-    where = None if tensor is None else tensor.device
-    name = module_name(op, _forced, where, where is not None and tensor.dtype == torch.float64)
+    where, dtype = (None, None) if tensor is None else (tensor.device, tensor.dtype)
+    name = module_name(op, _forced, where, dtype == torch.float64)
     return sys.modules.get(name) or importlib.import_module(name)
 
 
