@@ -7,6 +7,7 @@ failed, 2 where there is no GPU.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -29,7 +30,8 @@ from mowe_kernels import tables
 
 _MINUTES, _MINUTES_OF_TABLE, _MINUTES_OF_TESTS = 8.8, 2.5, 2.5  # the suite has what is left
 _ROUNDS = 5
-_AT_ONCE = 6  # tests, most of whose time goes to compiling
+_AT_ONCE = max(6, (os.cpu_count() or 1) // 2)  # tests, most of whose time goes to compiling
+_SLOWEST = ("out_of_bounds", "torch_compile")  # of the tests: first, so that nobody waits for them in the end
 _WIDTH, _LINES = 200, 40  # of what the summary quotes from a log
 
 
@@ -78,7 +80,10 @@ def _test(log: Path, minutes: float) -> int:
         _run(["pytest", "tests/gpu", "-m", "gpu", "--collect-only", "-q"], listed, minutes)
         lines = listed.read_text().split("\n")
         # Each type has kernels of its own to be compiled, hence a process of its own too.
-        names = dict.fromkeys(re.sub(r"\[(?!torch\.).*", "", line) for line in lines if "::" in line)
+        names = sorted(
+            dict.fromkeys(re.sub(r"\[(?!torch\.).*", "", line) for line in lines if "::" in line),
+            key=lambda name: not any(part in name for part in _SLOWEST),
+        )
         if not names:
             log.write_text(listed.read_text())
             return 1
