@@ -17,6 +17,7 @@ from rich.table import Table
 from benchmarks import rivals
 from benchmarks.compare import changes
 from benchmarks.floors import Roofs
+from benchmarks.host import seconds_a_layer
 from benchmarks.measure import ROOT
 from benchmarks.ops import NUM_OPS
 from benchmarks.page import page as make_page
@@ -60,6 +61,12 @@ def run(
             raise ValueError(f"suite {suite} needs a CUDA GPU; there is none here")
         roofs = Roofs.measure(device, dtype)
         more = {"roofs": {"flops": roofs.flops, "bandwidth": roofs.bandwidth}, "missing": missing(comparisons)}
+        results, failed = [], {}
+        if device == "cuda" and whole:
+            try:
+                more["seconds_a_layer"] = seconds_a_layer(device, dtype)
+            except Exception as error:
+                failed["host time of a layer"] = _shortly(error)
         steps = {
             f"{i}/{len(comparisons)} {c.workload} {c.mode}": partial(compare_providers, c, rounds, threads, roofs)
             for i, c in enumerate(comparisons, 1)
@@ -77,7 +84,6 @@ def run(
         folder = file_name(torch.cuda.get_device_name()).removesuffix(".json") if device == "cuda" else RESULTS.name
         output = output or RESULTS.with_name(folder) / f"{suite}.json"
         keep = partial(save, output, command, threads, gpu=device == "cuda", **more)
-        results, failed = [], {}
         for title, step in steps.items():
             console.print(f"{title}: outputs compared ...")
             try:
@@ -85,7 +91,7 @@ def run(
             except Exception as error:
                 if device != "cuda":
                     raise
-                failed[title] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                failed[title] = _shortly(error)
                 console.print(f"{title}: {failed[title]}", markup=False)
             if device == "cuda":  # which is lent for minutes: what is there counts, whatever comes after
                 keep(results, failed=failed)
@@ -152,6 +158,10 @@ def page(
 
 def _progress(title: str) -> Callable[[Iterable[int]], Iterable[int]]:
     return lambda rounds: track(rounds, title, console=console)
+
+
+def _shortly(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _stop(message: str) -> None:

@@ -64,7 +64,8 @@ def page(
     lines += [*_where_time_goes(profiled), *_beside_the_base(profiled)]
     lines += ["### Not run here", "", *(f"- {name}: {reason}." for name, reason in cpu["missing"].items()), ""]
     for name, gpu in gpus.items():
-        lines += [f"## On {gpu['device']}", "", conditions(gpu), "", *_gpu_picture(pictures, name, "speedup")]
+        lines += [f"## On {gpu['device']}", "", conditions(gpu), "", *_host(gpu)]
+        lines += _gpu_picture(pictures, name, "speedup")
         lines += [*_tables(gpu["results"]), *_gpu_picture(pictures, name, "floor"), *_not_measured(gpu["results"])]
     if not gpus:
         lines += ["## On a CUDA GPU", "", *_not_measured([]), "Single ops: not measured yet.", ""]
@@ -114,6 +115,11 @@ def _summary(report: dict[str, Any], wanted: Overview) -> str:
         for title, theirs, own in overview(report, wanted)
     ]
     return table(("what", "the usual way", "its time", "packed", "speed-up"), rows)
+
+
+def _host(gpu: dict[str, Any]) -> list[str]:
+    seconds = gpu.get("seconds_a_layer")
+    return [f"To launch a layer of Whisper-tiny takes the host {duration(seconds)}.", ""] if seconds else []
 
 
 def _not_measured(results: Sequence[dict[str, Any]]) -> list[str]:

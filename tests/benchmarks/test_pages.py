@@ -53,7 +53,9 @@ def test_page_says_what_was_measured_and_what_was_not():
 
 def test_page_says_what_was_measured_on_a_gpu():
     packed = [result(name, 5.0, subject="tiny8/speech/64") for name in ("per_clip", "padded_loop", "packed")]
-    text = page(CPU, SWEEPS, PROFILED, {"some-gpu": report(*packed) | {"device": "Some GPU"}}, "benchmarks")
+    gpu = report(*packed, seconds_a_layer=123e-6) | {"device": "Some GPU"}
+    text = page(CPU, SWEEPS, PROFILED, {"some-gpu": gpu}, "benchmarks")
+    assert "takes the host 123 us." in text
     assert "## On Some GPU" in text and "(benchmarks/some-gpu-speedup.png)" in text
     assert "- tiny8/speech/64, features: per_clip, padded_loop, packed\n" not in text
     assert "- tiny8/speech/64, features: nf4_loop, packed, packed_nf4\n" in text

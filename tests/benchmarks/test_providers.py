@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.catalogue import ALL
 from benchmarks.floors import Roofs, base_flops, pool_flops, projector_flops
+from benchmarks.host import seconds_a_layer
 from benchmarks.measure import OutputsDifferError, outputs_agree, prepare, take_turns
 from benchmarks.memory import peak_memory
 from benchmarks.ops import NUM_OPS
@@ -49,6 +50,10 @@ def test_ops_forward_and_backward():
     assert len(seen) == 2 * NUM_OPS
     rivals = {"loop", "grouped_mm", "experts_grouped_mm", "padded", "dense", "reference"}
     assert rivals | {"packed"} == {r.provider for r in results}
+
+
+def test_host_time_of_a_layer():
+    assert 0 < seconds_a_layer("cpu", "float32", "tiny2/1s/1") < 1
 
 
 def test_rivals_that_are_not_here_are_named():
