@@ -172,7 +172,8 @@ class EncoderPool(nn.Module):
         device = next(self.parameters()).device
         features = ClipFeatures(AudioBatch.from_waveforms(waveforms, device), context or self.config.context)
         indices = self._check_indices(indices, len(waveforms))
-        plan = PackPlan.build(indices.to(device), self.lengths(features), self.layout(device))
+        indices = indices.to(device, non_blocking=device.type == "cuda")
+        plan = PackPlan.build(indices, self.lengths(features), self.layout(device))
         return self(features, plan)
 
     def to_transformers(self, index: int) -> PreTrainedModel:

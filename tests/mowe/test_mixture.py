@@ -86,15 +86,18 @@ def assert_naive(made: MixtureOfWeakEncoders, inputs: Inputs) -> MixtureOutput:
     projector = made.multi_modal_projector
     gradients = {name: parameter.grad for name, parameter in projector.named_parameters()}
     naive_gradients = naive.projector.gradients(projector)
+    routers = []
     for router, ours, theirs in (
         ("independent", made.router.independent_logits, naive.independent),
         ("dependent", made.router.dependent.weight if made.router.dependent else None, naive.dependent),
     ):
         assert (ours is None) == (theirs is None)
         if ours is not None:
-            # Beside the projector's: a router's may be a small difference of large terms, whose float32 features
-            # differ in their last bits from one run to the next.
-            gradients[router], naive_gradients[router] = ours.grad, theirs.grad
+            assert ours.grad.shape == theirs.grad.shape, router
+            routers.append((ours.grad.flatten(), theirs.grad.flatten()))
+    # As one, and beside the projector's: a router's may be a small difference of large terms, whose float32 features
+    # differ in their last bits from one run to the next.
+    gradients["routers"], naive_gradients["routers"] = map(torch.cat, zip(*routers, strict=True))
     assert_same_gradients(gradients, naive_gradients)
     chosen = {encoder for row in choices for encoder in row}
     for index, encoder in enumerate(naive.encoders):
