@@ -134,7 +134,7 @@ def cases(workload: Workload) -> Iterator[OpCase]:
         flops=2 * 3 * frames.num_rows * MELS * WIDTH,
         moved=size * (frames.num_rows * (MELS + WIDTH) + stem.numel()),
     )  # fmt: skip
-    yield _routing(randn(len(clips) // workload.top_k, encoders).float(), workload)
+    yield _routing(randn(len(workload.seconds), encoders).float(), workload)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, activation: str) -> OpCase:

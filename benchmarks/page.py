@@ -123,7 +123,7 @@ def _host(gpu: dict[str, Any]) -> list[str]:
 
 
 def _not_measured(results: Sequence[dict[str, Any]]) -> list[str]:
-    """The comparisons of the GPU suite of which nothing is among the results."""
+    """The comparisons of the GPU suite that are not among the results with all their providers."""
     found = {(r["subject"], r["mode"], r["baseline"], r["provider"]) for r in results}
     absent = [
         f"{c.workload}, {c.mode}: {', '.join(c.providers)}"

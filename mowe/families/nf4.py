@@ -39,7 +39,7 @@ class Nf4StackedLinear(nn.Module):
 
     @property
     def matrix(self) -> Nf4Matrix:
-        """The same as the ops take it."""
+        """The same as the ops take it, which check it themselves."""
         return Nf4Matrix(self.codes, *(getattr(self, name) for name in _SCALES), *self.shape, self.blocksize)
 
     @property

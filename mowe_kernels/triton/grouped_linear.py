@@ -64,7 +64,7 @@ CANDIDATES = (
 )
 FEW_CANDIDATES = (Tile(64, 64, 64, 4, 4), Tile(64, 64, 64, 4, 6), Tile(64, 128, 64, 4, 4), Tile(64, 32, 128, 4, 4))
 TMA_SINCE = 90  # capability from which blocks are fetched through descriptors,
-TMA_PRODUCTS = 2**33  # where there are so many products: on an H200 the time that a descriptor takes the host
+TMA_PRODUCTS = 2**33  # where there are so many products (our choice): a descriptor is made by the host, for every call
 WGRAD_PROGRAMS_PER_SM = 4
 WGRAD_MIN_CHUNK = 512
 REDUCE_BLOCK = 1024

@@ -69,12 +69,11 @@ for kernel, args, constants in cases:
     assert theirs[:2] == first[:2] == ours[:2], kernel.__name__
     plain = [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in theirs[2]]
     assert plain == list(ours[2]), kernel.__name__
-assert len(_launch._compiled) <= len(cases) and len({entry[0] for entry in started}) >= 8
-before = len(started)
-heard = []
-_launch.knobs.runtime.launch_enter_hook.add(heard.append)
+assert len({entry[0] for entry in started}) >= 8
+# Where somebody wants to hear of launches, Triton makes them, and is given the tensors themselves.
+_launch.knobs.runtime.launch_enter_hook.add(print)
 _launch._start(0, *cases[0][:1], 5, cases[0][1], 4, 2, cases[0][2])
-assert started[-1][2] and len(started) == before + 1
+assert started[-1][2][-1 - len(cases[0][2])] is cases[0][1][-1]
 print("the same")
 """
 
