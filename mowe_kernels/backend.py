@@ -51,7 +51,7 @@ def implementation(op: str, args: Sequence[Any] = ()) -> ModuleType:
     on a device where they were found right (see `mowe_kernels.tables`), plain torch otherwise. What has no Triton
     kernel is plain torch where that backend is forced.
     """
-    tensor = next(_tensors(args), None)
+    tensor = args[0] if args and isinstance(args[0], Tensor) else next(_tensors(args), None)
     where, dtype = (None, None) if tensor is None else (tensor.device, tensor.dtype)
     name = module_name(op, _forced, where, dtype == torch.float64)
     return sys.modules.get(name) or importlib.import_module(name)

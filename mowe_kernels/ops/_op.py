@@ -86,10 +86,9 @@ def traced(*args: Any) -> bool:
     """Whether torch.compile or a tensor subclass (fake, functional) must see the op as one node."""
     if torch.compiler.is_compiling():
         return True
-    for a in args:  # noqa: SIM110  (a loop, as this runs before every op)
-        if type(a) not in _PLAIN and isinstance(a, torch.Tensor):
-            return True
-    return False
+    if _PLAIN.issuperset(map(type, args)):  # the common case, and the quick one: this runs before every op
+        return False
+    return any(type(a) not in _PLAIN and isinstance(a, torch.Tensor) for a in args)
 
 
 def needs_grad(*args: Any) -> bool:
@@ -123,9 +122,10 @@ def check_shape(op: str, name: str, tensor: torch.Tensor, expected: tuple[int | 
 
 def check_dtype(op: str, x: torch.Tensor, **others: torch.Tensor | None) -> None:
     """Raise ValueError unless the tensors that are there have the type of x."""
+    dtype = x.dtype
     for name, tensor in others.items():
-        if tensor is not None:
-            check(tensor.dtype == x.dtype, op, f"{name} must be {x.dtype} as the rows are, got {tensor.dtype}")
+        if tensor is not None and tensor.dtype != dtype:
+            raise ValueError(f"{op}: {name} must be {dtype} as the rows are, got {tensor.dtype}")
 
 
 def empty(like: torch.Tensor) -> torch.Tensor:

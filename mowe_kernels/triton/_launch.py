@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -60,19 +60,36 @@ ARCHITECTURES = {
 # For the whole process: autograd runs the backward of CUDA tensors in threads of its own.
 _UNTUNED = object()
 _state: dict[str, Any] = {"hardware": None, "settings": {}, "launches": None}
-# By all that a launch's code depends on, what Triton compiled for it and how that is started: to find that out anew,
-# Triton takes several times what the start itself does.
-_compiled: dict[tuple, tuple] = {}
+_remembering: list[Any] = []
+# By kernel and constants, then by what else a launch's code depends on: what Triton compiled, and how that is started.
+# To find that out anew, Triton takes several times what the start itself does.
+_compiled: dict[tuple, dict[tuple, tuple]] = {}
 
 
 @contextmanager
 def _changed(**changes: Any) -> Iterator[None]:
     before = dict(_state)
     _state.update(changes)
+    _forget()
     try:
         yield
     finally:
         _state.update(before)
+        _forget()
+
+
+def remembered(function: Callable[..., Any]) -> Any:
+    """`lru_cache` for what follows from sizes, types and the device, until launch settings are changed: a layer of an
+    encoder asks for the same as the one before it.
+    """
+    cached = lru_cache(maxsize=4096)(function)
+    _remembering.append(cached)
+    return cached
+
+
+def _forget() -> None:
+    for cached in _remembering:
+        cached.cache_clear()
 
 
 def assume(hardware: Hardware) -> AbstractContextManager[None]:
@@ -151,64 +168,82 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def launch(
-    kernel: Any, programs: int, *args: Any, num_warps: int, num_stages: int, matmul: bool = False, **constexprs: Any
-) -> None:
-    """Run `programs` programs of a kernel on the device its first tensor is on; none, if there is nothing to do.
+class Launch:
+    """A number of programs of a kernel with its constants and launch settings, run by calling it with the arguments
+    that are not constants, in the kernel's order, the first a tensor or a descriptor of one.
 
-    args: the arguments that are not constants, in the kernel's order, the first a tensor or a descriptor of one.
     matmul: whether its dot products are expected on matrix instructions; only the report of compilations asks.
     """
-    if programs <= 0:
-        return
-    if _state["launches"] is not None:
-        _state["launches"].append(_describe(kernel, args, num_warps, num_stages, matmul, constexprs))
-        return
-    device = getattr(args[0], "base", args[0]).device
-    if device.type != "cuda":  # in Triton's interpreter
-        kernel[(programs,)](*args, num_warps=num_warps, num_stages=num_stages, **constexprs)
-    elif device.index == torch.cuda.current_device():
-        _start(device.index, kernel, programs, args, num_warps, num_stages, constexprs)
-    else:
-        with torch.cuda.device(device):
-            _start(device.index, kernel, programs, args, num_warps, num_stages, constexprs)
 
+    __slots__ = ("_known", "constexprs", "kernel", "matmul", "num_stages", "num_warps", "programs")
 
-def _start(
-    device: int, kernel: Any, programs: int, args: tuple, num_warps: int, num_stages: int, constexprs: dict[str, Any]
-) -> None:
-    """Have Triton compile and start what was not started yet, and start what was without asking it again.
+    def __init__(
+        self, kernel: Any, programs: int, *, num_warps: int, num_stages: int, matmul: bool = False, **constexprs: Any
+    ):
+        self.kernel, self.programs, self.constexprs = kernel, programs, constexprs
+        self.num_warps, self.num_stages, self.matmul = num_warps, num_stages, matmul
+        constants = kernel.fn, num_warps, num_stages, *constexprs, *constexprs.values()
+        self._known = _compiled.setdefault(constants, {})
 
-    Then tensors are given by their addresses, which Triton would have to ask of them, and the driver whether it knows
-    them.
-    """
-    kinds, values = [], []
-    for arg in args:
-        if isinstance(arg, Tensor):
-            address = arg.data_ptr()
-            kinds.append((arg.dtype, arg.is_cuda, address % 16 == 0))
-            values.append(address)
+    def __call__(self, *args: Any) -> None:
+        """Run the programs on the device the first argument is on; none, if there is nothing to do."""
+        if self.programs <= 0:
+            return
+        if _state["launches"] is not None:
+            _state["launches"].append(_describe(self, args))
+            return
+        index = (args[0] if isinstance(args[0], Tensor) else args[0].base).get_device()
+        if index < 0:  # in Triton's interpreter
+            self._by_triton(args)
+        elif index == torch.cuda.current_device():
+            self._start(index, args)
         else:
-            kinds.append(_kind(arg))
-            values.append(arg)
-    key = device, kernel.fn, num_warps, num_stages, *constexprs, *constexprs.values(), *kinds
-    known = _compiled.get(key)
-    if known is None or _hooked():
-        compiled = kernel[(programs,)](*args, num_warps=num_warps, num_stages=num_stages, **constexprs)
-        constants = [constexprs[name] for name in kernel.arg_names[len(args) :]]
-        _compiled[key] = compiled.run, compiled.function, compiled.packed_metadata, constants
-    else:
-        run, function, metadata, constants = known
-        stream = driver.active.get_current_stream(device)
-        run(programs, 1, 1, stream, function, metadata, None, None, None, *values, *constants)
+            with torch.cuda.device(index):
+                self._start(index, args)
+
+    def _start(self, device: int, args: tuple) -> None:
+        """Have Triton compile and start what was not started yet, and start what was without asking it again.
+
+        Then tensors are given by their addresses, which Triton would have to ask of them, and the driver whether it
+        knows them.
+        """
+        kinds, values = [device], []
+        for arg in args:
+            if arg is None:
+                kinds.append(None)
+                values.append(None)
+            elif isinstance(arg, Tensor):
+                address = arg.data_ptr()
+                kinds += (arg.dtype, arg.get_device(), address % 16 == 0)
+                values.append(address)
+            else:
+                kinds.append(_kind(arg))
+                values.append(arg)
+        key = tuple(kinds)
+        known = self._known.get(key)
+        if known is None or _hooked():
+            compiled = self._by_triton(args)
+            constants = [self.constexprs[name] for name in self.kernel.arg_names[len(args) :]]
+            self._known[key] = compiled.run, compiled.function, compiled.packed_metadata, constants
+        else:
+            run, function, metadata, constants = known
+            stream = driver.active.get_current_stream(device)
+            run(self.programs, 1, 1, stream, function, metadata, None, None, None, *values, *constants)
+
+    def _by_triton(self, args: tuple) -> Any:
+        start = self.kernel[(self.programs,)]
+        return start(*args, num_warps=self.num_warps, num_stages=self.num_stages, **self.constexprs)
+
+
+def launch(kernel: Any, programs: int, *args: Any, **settings: Any) -> None:
+    """Make a `Launch` that is made once, and run it."""
+    Launch(kernel, programs, **settings)(*args)
 
 
 def _kind(arg: Any) -> Any:
     """What a compiled kernel may depend on of an argument that is neither a constant nor a tensor: as for tensors,
     never less than what Triton looks at.
     """
-    if arg is None:
-        return None
     if isinstance(arg, int):
         return arg == 1, arg % 16 == 0, -(2**31) <= arg < 2**31
     return float if isinstance(arg, float) else (arg.base.dtype, *arg.block_shape)
@@ -231,10 +266,8 @@ def recorded(capability: int, calls: Mapping[str, Callable[[], Any]]) -> Iterato
                 yield replace(launched, name=f"{launched.name}, {name}")
 
 
-def _describe(
-    kernel: Any, args: tuple[Any, ...], num_warps: int, num_stages: int, matmul: bool, constexprs: dict[str, Any]
-) -> Compilation:
-    signature, constants = {}, dict(constexprs)
+def _describe(launched: Launch, args: tuple[Any, ...]) -> Compilation:
+    kernel, signature, constants = launched.kernel, {}, dict(launched.constexprs)
     for name, arg, parameter in zip(kernel.arg_names, args, kernel.params, strict=False):
         if arg is None:
             constants[name] = None
@@ -244,4 +277,6 @@ def _describe(
             signature[name] = f"tensordesc<{DTYPES[arg.base.dtype]}{list(arg.block_shape)}>"
         else:
             signature[name] = "fp32" if isinstance(arg, float) else "i32"
-    return Compilation(kernel.__name__, kernel, signature, constants, num_warps, num_stages, matmul)
+    return Compilation(
+        kernel.__name__, kernel, signature, constants, launched.num_warps, launched.num_stages, launched.matmul
+    )

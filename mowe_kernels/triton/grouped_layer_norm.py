@@ -13,6 +13,7 @@ from torch import Tensor
 from mowe_kernels.triton._compilation import Compilation
 from mowe_kernels.triton._device import find_tile, gelu, gelu_grad
 from mowe_kernels.triton._launch import (
+    Launch,
     cdiv,
     check_dtypes,
     contiguous,
@@ -20,6 +21,7 @@ from mowe_kernels.triton._launch import (
     launch,
     next_power_of_2,
     recorded,
+    remembered,
     setting,
 )
 
@@ -164,14 +166,19 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, group_offsets: Tensor, eps:
     x, weight, bias = contiguous(x, weight, bias)
     out = torch.empty_like(x)
     (rows, d), experts = x.shape, weight.shape[0]
+    start = _forward_launch(rows, experts, d, activation == "gelu")
+    start(x, weight, bias, group_offsets, out, eps)
+    return out
+
+
+@remembered
+def _forward_launch(rows: int, experts: int, d: int, gelu: bool) -> Launch:
     block_rows, block_cols = _block(d)
-    launch(
+    return Launch(
         grouped_layer_norm_fwd_kernel, rows // block_rows + experts if rows else 0,
-        x, weight, bias, group_offsets, out, eps,
-        E=experts, BE=next_power_of_2(experts), D=d, GELU=activation == "gelu",
+        E=experts, BE=next_power_of_2(experts), D=d, GELU=gelu,
         BM=block_rows, BD=block_cols, num_warps=FORWARD_WARPS, num_stages=1,
     )  # fmt: skip
-    return out
 
 
 def backward(

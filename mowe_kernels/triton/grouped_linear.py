@@ -14,6 +14,7 @@ from mowe_kernels.triton import _gemm
 from mowe_kernels.triton._compilation import Compilation
 from mowe_kernels.triton._launch import (
     Hardware,
+    Launch,
     Tuning,
     cdiv,
     check_dtypes,
@@ -22,6 +23,7 @@ from mowe_kernels.triton._launch import (
     launch,
     next_power_of_2,
     recorded,
+    remembered,
     setting,
 )
 
@@ -145,16 +147,31 @@ def gemm(
     """
     rows, k = a.shape
     experts, n = weight.shape[0], out.shape[1]
-    device = hardware(a.device)
-    tile = gemm_tile(device, a.dtype, rows, n)
-    block = (tile.depth, tile.cols) if transposed else (tile.cols, tile.depth)
-    (p_a, p_w), tma = operands(device, rows * n * k, (a, (tile.rows, tile.depth)), (weight, block))
-    launch(
+    tile, described = _gemm_choice(a.device, a.dtype, rows, n, k)
+    matrices, tma = (a, weight), False
+    if described:
+        block = (tile.depth, tile.cols) if transposed else (tile.cols, tile.depth)
+        matrices, tma = operands((a, (tile.rows, tile.depth)), (weight, block))
+    start = _gemm_launch(tile, tma, a.itemsize, rows, experts, n, k, transposed, gelu)
+    start(*matrices, bias, group_offsets, residual, scale, through, pre, out)
+
+
+@remembered
+def _gemm_choice(device: torch.device, dtype: torch.dtype, rows: int, n: int, k: int) -> tuple[Tile, bool]:
+    """The block of a program, and whether it is fetched through descriptors."""
+    found = hardware(device)
+    return gemm_tile(found, dtype, rows, n), worth_describing(found, rows * n * k)
+
+
+@remembered
+def _gemm_launch(
+    tile: Tile, tma: bool, itemsize: int, rows: int, experts: int, n: int, k: int, transposed: bool, gelu: bool
+) -> Launch:
+    return Launch(
         _gemm.grouped_gemm_kernel, (rows // tile.rows + experts) * cdiv(n, tile.cols) if rows else 0,
-        p_a, p_w, bias, group_offsets, residual, scale, through, pre, out,
         E=experts, BE=next_power_of_2(experts), N=n, K=k, TRANSPOSED=transposed, GELU=gelu,
         BM=tile.rows, BN=tile.cols, BK=tile.depth, BAND=BAND, TMA=tma,
-        num_warps=tile.warps, num_stages=tile.stages, matmul=a.itemsize == 2,
+        num_warps=tile.warps, num_stages=tile.stages, matmul=itemsize == 2,
     )  # fmt: skip
 
 
@@ -229,18 +246,23 @@ def newest(table: dict[tuple[int, int], Any], device: Hardware, dtype: torch.dty
     return exact or table[max(key for key in table if key[0] == bits and key[1] <= max(device.capability, 80))]
 
 
-def operands(device: Hardware, products: int, *blocked: tuple[Tensor, tuple[int, int]]) -> tuple[list[Any], bool]:
-    """Matrices as a kernel takes them, each with the block it is read by, and whether those are descriptors.
-
-    They are where the device has descriptors (sm_90 and newer), the kernel multiplies often enough (`products`) to be
-    worth what they take the host, and they can name every one of the matrices: 16-bit elements, rows that start at
-    multiples of 16 bytes, at least one row. Stacked matrices [E, N, K] become [E * N, K].
+def worth_describing(device: Hardware, products: int) -> bool:
+    """Whether a kernel that multiplies so often gets descriptors: the device must have them (sm_90 and newer), and they
+    must be worth what they take the host.
     """
-    matrices = [matrix for matrix, _ in blocked]
-    worth = device.capability >= TMA_SINCE and products >= setting("tma_products", TMA_PRODUCTS)
-    if not (worth and all(map(_fits_descriptor, matrices))):
-        return matrices, False
-    return [_descriptor(matrix, block) for matrix, block in blocked], True
+    return device.capability >= TMA_SINCE and products >= setting("tma_products", TMA_PRODUCTS)
+
+
+def operands(*blocked: tuple[Tensor, tuple[int, int]]) -> tuple[tuple[Any, ...], bool]:
+    """Descriptors of matrices, each with the block it is read by, and True; the matrices themselves, and False, where a
+    descriptor cannot name one of them.
+
+    It can where elements have 16 bits, rows start at multiples of 16 bytes, and there is a row. Stacked matrices
+    [E, N, K] become [E * N, K].
+    """
+    if all(_fits_descriptor(matrix) for matrix, _ in blocked):
+        return tuple(_descriptor(matrix, block) for matrix, block in blocked), True
+    return tuple(matrix for matrix, _ in blocked), False
 
 
 def _fits_descriptor(matrix: Tensor) -> bool:
@@ -257,6 +279,9 @@ class Memory(NamedTuple):
 
     def data_ptr(self) -> int:
         return self.address
+
+    def get_device(self) -> int:
+        return -1 if self.device.index is None else self.device.index
 
 
 _descriptors: dict[tuple, TensorDescriptor] = {}

@@ -13,16 +13,17 @@ from mowe_kernels.triton import _mlp, grouped_layer_norm
 from mowe_kernels.triton._compilation import Compilation
 from mowe_kernels.triton._launch import (
     Hardware,
+    Launch,
     Tuning,
     check_dtypes,
     contiguous,
     hardware,
-    launch,
     next_power_of_2,
     recorded,
+    remembered,
     setting,
 )
-from mowe_kernels.triton.grouped_linear import gemm, newest, operands, wgrad
+from mowe_kernels.triton.grouped_linear import gemm, newest, operands, wgrad, worth_describing
 
 
 class Block(NamedTuple):
@@ -62,27 +63,39 @@ def forward(
     x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias = contiguous(
         x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias
     )
+    (rows, d), (experts, f, _) = x.shape, fc1_weight.shape
     out = torch.empty_like(x)
-    device = hardware(x.device)
-    block = fused_block(device, x)
+    block, described = _choice(x.device, x.dtype, rows, d, f)
     if block is None:
         h = _normed(x, norm_weight, norm_bias, group_offsets, eps)
-        hidden = x.new_empty(x.shape[0], fc1_weight.shape[1])
+        hidden = x.new_empty(rows, f)
         gemm(h, fc1_weight, group_offsets, hidden, bias=fc1_bias, gelu=True)
         gemm(hidden, fc2_weight, group_offsets, out, bias=fc2_bias, residual=x)
         return out
-    (rows, d), (experts, f, _) = x.shape, fc1_weight.shape
-    (fc1, fc2), tma = operands(
-        device, 2 * rows * d * f, (fc1_weight, (block.hidden, block.cols)), (fc2_weight, (block.cols, block.hidden))
-    )
-    launch(
+    (fc1, fc2), tma = (fc1_weight, fc2_weight), False
+    if described:
+        blocks = (block.hidden, block.cols), (block.cols, block.hidden)
+        (fc1, fc2), tma = operands((fc1_weight, blocks[0]), (fc2_weight, blocks[1]))
+    start = _fused_launch(block, tma, x.itemsize, rows, experts, d, f)
+    start(x, norm_weight, norm_bias, fc1, fc1_bias, fc2, fc2_bias, group_offsets, out, eps)
+    return out
+
+
+@remembered
+def _choice(device: torch.device, dtype: torch.dtype, rows: int, d: int, f: int) -> tuple[Block | None, bool]:
+    """The block of the fused kernel, None for its parts, and whether weights are fetched through descriptors."""
+    found = hardware(device)
+    return fused_block(found, dtype, d), worth_describing(found, 2 * rows * d * f)
+
+
+@remembered
+def _fused_launch(block: Block, tma: bool, itemsize: int, rows: int, experts: int, d: int, f: int) -> Launch:
+    return Launch(
         _mlp.grouped_mlp_fwd_kernel, rows // block.rows + experts if rows else 0,
-        x, norm_weight, norm_bias, fc1, fc1_bias, fc2, fc2_bias, group_offsets, out, eps,
         E=experts, BE=next_power_of_2(experts), D=d, F=f,
         BM=block.rows, BF=block.hidden, BD=block.cols, TMA=tma,
-        num_warps=block.warps, num_stages=block.stages, matmul=x.itemsize == 2,
+        num_warps=block.warps, num_stages=block.stages, matmul=itemsize == 2,
     )  # fmt: skip
-    return out
 
 
 def backward(
@@ -132,11 +145,11 @@ def backward(
     return grad_x, *grads_norm, *grads_fc1, *grads_fc2
 
 
-def fused_block(device: Hardware, x: Tensor) -> Block | None:
-    """The block of the fused kernel for rows x [R, D], None where the parts are launched one by one."""
-    blocks = newest(FUSED, device, x.dtype)
-    width = min((width for width in blocks if width >= x.shape[1]), default=None)
-    return setting("mlp_block", blocks.get(width), device, f"{8 * x.itemsize} bits, width {x.shape[1]}", Block)
+def fused_block(device: Hardware, dtype: torch.dtype, width: int) -> Block | None:
+    """The block of the fused kernel for rows [R, width], None where the parts are launched one by one."""
+    blocks = newest(FUSED, device, dtype)
+    up_to = min((w for w in blocks if w >= width), default=None)
+    return setting("mlp_block", blocks.get(up_to), device, f"{8 * dtype.itemsize} bits, width {width}", Block)
 
 
 def _normed(x: Tensor, weight: Tensor | None, bias: Tensor | None, group_offsets: Tensor, eps: float) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,13 +21,14 @@ from mowe_kernels.triton._compilation import Compilation
 from mowe_kernels.triton._launch import (
     COMPUTES_IN,
     Hardware,
+    Launch,
     Tuning,
     check_dtypes,
     contiguous,
     hardware,
-    launch,
     next_power_of_2,
     recorded,
+    remembered,
     setting,
 )
 from mowe_kernels.triton._sequences import find_sequence
@@ -272,6 +273,13 @@ def varlen_attention_bwd_keys_kernel(
     _store(p_grad_qkv + own + WIDTH, b_grad_v, keys, PITCH, DIM)
 
 
+KERNELS = {
+    "forward": varlen_attention_fwd_kernel,
+    "queries": varlen_attention_bwd_queries_kernel,
+    "keys": varlen_attention_bwd_keys_kernel,
+}
+
+
 class Settings(NamedTuple):
     """block_m: queries of a block. block_n: keys of a block."""
 
@@ -330,7 +338,7 @@ def forward(
     out = qkv.new_empty(rows, heads, head_dim)
     lse = qkv.new_empty(heads, rows, dtype=torch.float32) if save_lse else None
     qkv, cu_seqlens = contiguous(qkv, cu_seqlens)
-    _launch("forward", varlen_attention_fwd_kernel, (qkv, cu_seqlens, out, lse), qkv, cu_seqlens, scale)
+    _start("forward", (qkv, cu_seqlens, out, lse), qkv, cu_seqlens, scale)
     return out, qkv.new_empty(0) if lse is None else lse
 
 
@@ -348,8 +356,8 @@ def backward(
     grad_qkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
     queries = (grad, out, qkv, lse, cu_seqlens, delta, grad_qkv)
     keys = (grad, qkv, lse, delta, cu_seqlens, grad_qkv)
-    _launch("queries", varlen_attention_bwd_queries_kernel, queries, qkv, cu_seqlens, scale)
-    _launch("keys", varlen_attention_bwd_keys_kernel, keys, qkv, cu_seqlens, scale)
+    _start("queries", queries, qkv, cu_seqlens, scale)
+    _start("keys", keys, qkv, cu_seqlens, scale)
     return grad_qkv
 
 
@@ -357,7 +365,7 @@ def supports(qkv: Tensor, max_seqlen: int, scale: float, equal_lengths: bool) ->
     return qkv.dtype in COMPUTES_IN and qkv.shape[-1] <= MOST_COLUMNS and scale > 0
 
 
-def _launch(name: str, kernel: Any, pointers: tuple, qkv: Tensor, cu_seqlens: Tensor, scale: float) -> None:
+def _start(name: str, pointers: tuple, qkv: Tensor, cu_seqlens: Tensor, scale: float) -> None:
     check_dtypes("varlen_attention", qkv)
     rows, _, heads, head_dim = qkv.shape
     if head_dim > MOST_COLUMNS:
@@ -367,13 +375,21 @@ def _launch(name: str, kernel: Any, pointers: tuple, qkv: Tensor, cu_seqlens: Te
     if scale <= 0:
         raise ValueError(f"varlen_attention: the Triton kernels take a positive scale, got {scale}")
     sequences = cu_seqlens.shape[0] - 1
-    settings = choose(name, qkv.dtype, head_dim, hardware(qkv.device))
+    start = _launch_of(name, qkv.device, qkv.dtype, rows, sequences, heads, head_dim)
+    start(*pointers, rows, sequences, scale)
+
+
+@remembered
+def _launch_of(
+    name: str, device: torch.device, dtype: torch.dtype, rows: int, sequences: int, heads: int, head_dim: int
+) -> Launch:
+    settings = choose(name, dtype, head_dim, hardware(device))
     tile = settings.block_n if name == "keys" else settings.block_m
-    launch(
-        kernel, (rows // tile + sequences) * heads if sequences else 0, *pointers, rows, sequences, scale,
+    return Launch(
+        KERNELS[name], (rows // tile + sequences) * heads if sequences else 0,
         HEADS=heads, DIM=head_dim, BLOCK_D=max(16, next_power_of_2(head_dim)), BLOCK_M=settings.block_m,
         BLOCK_N=settings.block_n, num_warps=settings.num_warps, num_stages=settings.num_stages,
-        matmul=qkv.dtype != torch.float32,
+        matmul=dtype != torch.float32,
     )  # fmt: skip
 
 

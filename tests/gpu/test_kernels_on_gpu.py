@@ -154,7 +154,8 @@ def test_peak_memory(op, floats):
     qkv = torch.randn(rows, 3, 6, 64, dtype=torch.bfloat16, device=DEVICE)
     parameters = [p.bfloat16() for p in _mlp_parameters(d)]
     call = partial(attention, qkv) if op == "attention" else partial(mlp, x, *parameters)
-    fused = grouped_mlp.fused_block(hardware(DEVICE)._replace(tuned={}), x)  # a table may find the parts to be faster
+    untuned = hardware(DEVICE)._replace(tuned={})  # a table may find the parts to be faster
+    fused = grouped_mlp.fused_block(untuned, x.dtype, x.shape[1])
     with use_backend("triton"), override(mlp_block=fused):
         call()
         torch.cuda.synchronize()

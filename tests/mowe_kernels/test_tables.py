@@ -85,12 +85,12 @@ def test_settings_of_a_table_go_before_those_of_the_op():
 
 
 def test_a_table_may_say_that_a_kernel_is_not_worth_it_or_is():
-    x = torch.empty(4, 512, dtype=torch.bfloat16)
+    rows = torch.bfloat16, 512
     key = "mlp_block, 16 bits, width 512"
     for capability, measured in ((90, None), (100, [64, 32, 128, 8, 2])):
         hardware = ARCHITECTURES[capability]
-        chosen = grouped_mlp.fused_block(hardware._replace(tuned={key: measured}), x)
-        assert chosen == (measured and grouped_mlp.Block(*measured)) != grouped_mlp.fused_block(hardware, x)
+        chosen = grouped_mlp.fused_block(hardware._replace(tuned={key: measured}), *rows)
+        assert chosen == (measured and grouped_mlp.Block(*measured)) != grouped_mlp.fused_block(hardware, *rows)
 
 
 def test_settings_of_attention():

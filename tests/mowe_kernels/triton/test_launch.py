@@ -33,13 +33,13 @@ CompiledKernel.function = None
 CompiledKernel._init_handles = lambda self: None
 
 from mowe_kernels.triton import _gemm, _launch, varlen_attention
+from mowe_kernels.triton._launch import Launch
 from mowe_kernels.triton.grouped_linear import operands
 
-def gemm(rows, shift=0, gelu=False, bias=True, dtype=torch.bfloat16, tma=0):
+def gemm(rows, shift=0, gelu=False, bias=True, dtype=torch.bfloat16, tma=False):
     x = torch.zeros(rows * 64 + 8, dtype=dtype)[shift : shift + rows * 64].view(rows, 64)
     weight, offsets = torch.zeros(2, 64, 64, dtype=dtype), torch.zeros(3, dtype=torch.int32)
-    hardware = _launch.ARCHITECTURES[90]
-    (a, w), described = operands(hardware, tma, (x, (64, 32)), (weight, (64, 32)))
+    (a, w), described = operands((x, (64, 32)), (weight, (64, 32))) if tma else ((x, weight), False)
     out = torch.empty(rows, 64, dtype=dtype)
     args = a, w, weight[:, 0] if bias else None, offsets, None, None, None, None, out
     constants = dict(E=2, BE=2, N=64, K=64, TRANSPOSED=False, GELU=gelu, BM=64, BN=64, BK=32, BAND=8, TMA=described)
@@ -57,14 +57,14 @@ def reduce(chunk):
 
 cases = [
     gemm(64), gemm(65), gemm(64, shift=1), gemm(64, shift=8), gemm(64, gelu=True), gemm(64, bias=False),
-    gemm(64, dtype=torch.float16), gemm(64, tma=2**40), gemm(65, tma=2**40), gemm(64, shift=1, tma=2**40),
+    gemm(64, dtype=torch.float16), gemm(64, tma=True), gemm(65, tma=True), gemm(64, shift=1, tma=True),
     attention(64, 1), attention(64, 16), attention(65, 3), reduce(1), reduce(16), reduce(17),
 ]
 how = dict(num_warps=4, num_stages=2)
 for kernel, args, constants in cases:
     kernel[(5,)](*args, **how, **constants)
-    _launch._start(0, kernel, 5, args, 4, 2, constants)
-    _launch._start(0, kernel, 5, args, 4, 2, constants)
+    Launch(kernel, 5, **how, **constants)._start(0, args)
+    Launch(kernel, 5, **how, **constants)._start(0, args)
     theirs, first, ours = started[-3:]
     assert theirs[:2] == first[:2] == ours[:2], kernel.__name__
     plain = [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in theirs[2]]
@@ -72,7 +72,7 @@ for kernel, args, constants in cases:
 assert len({entry[0] for entry in started}) >= 8
 # Where somebody wants to hear of launches, Triton makes them, and is given the tensors themselves.
 _launch.knobs.runtime.launch_enter_hook.add(print)
-_launch._start(0, *cases[0][:1], 5, cases[0][1], 4, 2, cases[0][2])
+Launch(cases[0][0], 5, **how, **cases[0][2])._start(0, cases[0][1])
 assert started[-1][2][-1 - len(cases[0][2])] is cases[0][1][-1]
 print("the same")
 """

@@ -113,7 +113,7 @@ def test_tunings_are_of_settings_that_are_looked_up(monkeypatch):
 
 @pytest.mark.parametrize(("figure", "in_loop"), [(0, 0), (2, 1), (3, 2)])
 def test_few_rows_are_multiplied_in_4_bits(monkeypatch, figure, in_loop):
-    monkeypatch.setattr(_launch, "_describe", lambda kernel, *args: kernel.__name__)
+    monkeypatch.setattr(_launch, "_describe", lambda launched, args: launched.kernel.__name__)
     tuning = search.few_rows_in_4_bits(CPU, 16, (1, 3))
     assert figure in tuning.candidates
     with _launch.record(90) as launched, _launch.override(nf4_few_rows=figure):
