@@ -6,28 +6,39 @@ import statistics
 import time
 
 import torch
+from torch import Tensor
 
 from benchmarks.clock import now
 from benchmarks.providers import shared_pool
 from benchmarks.workloads import Workload
 
 _FEW = "tiny8/1s/1"
-_CALLS, _ROUNDS = 50, 9
+_BATCHES, _ROUNDS = 20, 9
 
 
 @torch.no_grad()
 def seconds_a_layer(device: str, dtype: str, workload: str = _FEW) -> float:
-    """Seconds from the call of one layer of a pool to the next, the median of several rounds; nothing is waited for."""
+    """Seconds that all layers of a pool's encoders take, by their number, the median of several rounds; nothing is
+    waited for. Every batch has a number of rows that none before it had, as batches of speech do.
+    """
     given = Workload.named(workload, device, dtype)
     pool, seen = shared_pool(given), []
-    layer = pool.families[0].layers[0]
-    hook = layer.register_forward_pre_hook(lambda _, args: seen.append(args))
+    layers = pool.families[0].layers
+    hook = layers[0].register_forward_pre_hook(lambda _, args: seen.append(args))
     pool.encode(given.waveforms(), given.indices, given.context)
     hook.remove()
+    (x, rows), *_ = seen
     rounds = []
-    for _ in range(_ROUNDS):
+    for round in range(_ROUNDS):
+        batches = [_with_more_rows(x, 1 + round * _BATCHES + i) for i in range(_BATCHES)]
         start = now()
-        for _ in range(_CALLS):
-            layer(*seen[0])
-        rounds.append((time.perf_counter() - start) / _CALLS)
+        for batch in batches:
+            for layer in layers:
+                batch = layer(batch, rows)
+        rounds.append((time.perf_counter() - start) / (_BATCHES * len(layers)))
     return statistics.median(rounds)
+
+
+def _with_more_rows(x: Tensor, count: int) -> Tensor:
+    """x, then rows of nobody."""
+    return torch.cat((x, x.new_zeros(count, x.shape[1])))

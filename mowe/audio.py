@@ -145,11 +145,11 @@ class AudioBatch:
                 raise AudioError(f"clip {index}: expected a 1-D float tensor, got {type(wave).__name__}")
             if wave.ndim != 1 or not wave.is_floating_point():
                 raise AudioError(f"clip {index}: expected a 1-D float tensor, got {wave.dtype} {list(wave.shape)}")
-            if len(wave) < MIN_SAMPLES:
+            if wave.shape[0] < MIN_SAMPLES:
                 raise AudioError(f"clip {index}: expected at least {MIN_SAMPLES} samples (25 ms), got {len(wave)}")
         device = torch.device(device) if device is not None else waveforms[0].device
-        lengths = tuple(len(wave) for wave in waveforms)
-        waves = [wave.detach() for wave in waveforms]
+        lengths = tuple(wave.shape[0] for wave in waveforms)
+        waves = [wave.detach() if wave.requires_grad else wave for wave in waveforms]
         return cls(_lay_out(waves, device) if not torch.compiler.is_compiling() else _op(waves, device), lengths)
 
     @classmethod

@@ -1,6 +1,6 @@
 """What `mowe` raises on bad input: one line that says what was wrong and what was expected, always a `ValueError`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -25,9 +25,9 @@ class DataError(MoweError):
 
 
 @contextmanager
-def naming(subject: str) -> Iterator[None]:
-    """Errors of `mowe` raised inside begin with what they are about."""
+def naming(subject: str | Callable[[], str]) -> Iterator[None]:
+    """Errors of `mowe` raised inside begin with what they are about, or with what a function then says."""
     try:
         yield
     except MoweError as error:
-        raise type(error)(f"{subject}: {error}") from None
+        raise type(error)(f"{subject if isinstance(subject, str) else subject()}: {error}") from None

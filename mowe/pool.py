@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from os import PathLike
 from typing import Any, cast
 
@@ -24,14 +24,17 @@ from mowe_kernels import PackLayout, PackPlan
 class PoolOutput:
     """Features of every (clip, slot) of a batch.
 
-    rows: per family, packed frames [R, D]. plan: where each pair's frames lie.
+    rows: per family, packed frames [R, D]. plan: where each pair's frames lie. plan_on_host: makes the same plan on the
+    CPU, where the choices were made there.
     """
 
     rows: tuple[Tensor, ...]
     plan: PackPlan
+    plan_on_host: Callable[[], PackPlan] | None = None
 
     def pair(self, clip: int, slot: int) -> Tensor:
-        """[T, D]: what the slot's encoder gives for the clip alone. The first call waits for the device.
+        """[T, D]: what the slot's encoder gives for the clip alone. The first call waits for the device, unless the
+        choices came from the host.
 
         Raises IndexError for a clip or a slot outside the batch, ConfigError for an unused slot.
         """
@@ -44,14 +47,14 @@ class PoolOutput:
         return found
 
     def pairs(self) -> list[list[Tensor | None]]:
-        """[clip][slot] -> [T, D], None for an unused slot. The first call waits for the device, once for all."""
+        """[clip][slot] -> [T, D], None for an unused slot. The first call waits where that of `pair` does."""
         return [list(slots) for slots in self._pairs]
 
     @cached_property
     def _pairs(self) -> list[list[Tensor | None]]:
-        slots = self.plan.position.shape[1]
-        firsts = [self.plan.family(f).rows.cu_seqlens for f in range(len(self.rows))]
-        tables = [self.plan.position.flatten(), *firsts]
+        plan = self.plan_on_host() if self.plan_on_host is not None else self.plan
+        slots = plan.position.shape[1]
+        tables = [plan.position.flatten(), *map(plan.row_offsets, range(len(self.rows)))]
         places, *bounds = (part.tolist() for part in torch.cat(tables).cpu().split(list(map(len, tables))))
 
         def find(place: int) -> Tensor | None:
@@ -171,10 +174,12 @@ class EncoderPool(nn.Module):
         """
         device = next(self.parameters()).device
         features = ClipFeatures(AudioBatch.from_waveforms(waveforms, device), context or self.config.context)
-        indices = self._check_indices(indices, len(waveforms))
-        indices = indices.to(device, non_blocking=device.type == "cuda")
-        plan = PackPlan.build(indices, self.lengths(features), self.layout(device))
-        return self(features, plan)
+        chosen, lengths = self._check_indices(indices, len(waveforms)), self.lengths(features)
+        on_device = chosen.to(device, non_blocking=device.type == "cuda")
+        out = self(features, PackPlan.build(on_device, lengths, self.layout(device)))
+        if chosen.device.type != "cpu" or device.type == "cpu":
+            return out
+        return replace(out, plan_on_host=partial(PackPlan.build, chosen, lengths, self.layout(chosen.device)))
 
     def to_transformers(self, index: int) -> PreTrainedModel:
         """Encoder `index` given back as a transformers module."""

@@ -95,7 +95,7 @@ class MoweProjector(nn.Module):
             weights,
             base_starts=base.starts,
             base_lengths=on_device[0],
-            row_offsets=[weak.plan.family(f).rows.cu_seqlens for f in range(len(weak.rows))],
+            row_offsets=[weak.plan.row_offsets(f) for f in range(len(weak.rows))],
             position=weak.plan.position,
             base_weight=self.base_weight,
             row_weights=list(self.slot_weights),

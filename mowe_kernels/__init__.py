@@ -2,6 +2,7 @@
 
 from mowe_kernels.backend import use_backend
 from mowe_kernels.nf4 import Nf4Weight, nf4_quantize
+from mowe_kernels.ops.encoder_layer import LayerParameters, encoder_layer
 from mowe_kernels.ops.grouped_conv1d import grouped_conv1d
 from mowe_kernels.ops.grouped_layer_norm import grouped_layer_norm
 from mowe_kernels.ops.grouped_linear import grouped_linear
@@ -19,11 +20,13 @@ from mowe_kernels.plan import FamilyPlan, Level, PackLayout, PackPlan
 __all__ = [
     "FamilyPlan",
     "FrameClock",
+    "LayerParameters",
     "Level",
     "Nf4Matrix",
     "Nf4Weight",
     "PackLayout",
     "PackPlan",
+    "encoder_layer",
     "grouped_conv1d",
     "grouped_layer_norm",
     "grouped_linear",

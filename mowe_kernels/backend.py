@@ -20,6 +20,8 @@ from mowe_kernels import csrc, tables
 BACKENDS = ("reference", "triton")
 # Where several libraries can compute an op, a module of its own picks one.
 _CHOOSERS = {"varlen_attention": "mowe_kernels.attention"}
+# Ops without kernels of their own: they are right where those of their parts are.
+_MADE_OF = {"encoder_layer": ("grouped_layer_norm", "grouped_linear", "varlen_attention", "grouped_mlp")}
 _WITHOUT_TRITON = ("nf4_quantize", "nf4_dequantize_grouped")
 
 # One for the whole process: autograd runs the backward of CUDA tensors in threads of its own.
@@ -87,7 +89,7 @@ def _measured(op: str, device: torch.device | None) -> bool:
     if table is None:
         _tell(torch.cuda.get_device_name(device.index))
         return False
-    return op in table.ops and _has_triton()
+    return all(part in table.ops for part in _MADE_OF.get(op, (op,))) and _has_triton()
 
 
 @cache

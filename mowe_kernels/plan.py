@@ -152,6 +152,10 @@ class PackPlan:
         tensors = pack_plan(indices, device_lengths(lengths, indices.device), layout.rank, layout.level_bounds)
         return PackPlan(*tensors, tuple(map(tuple, lengths)), layout)
 
+    def row_offsets(self, index: int) -> Tensor:
+        """int32 [P+1]: first row of each pair in what family `index` gives."""
+        return self.cu_seqlens[sum(self.layout.num_levels[: index + 1]) - 1]
+
     def family(self, index: int) -> FamilyPlan:
         """The part of the plan that family `index` of the layout executes."""
         layout = self.layout
@@ -170,7 +174,7 @@ class PackPlan:
             offsets = self.group_offsets[level, low : high + 1]
             lengths = self.lengths[level]
             levels.append(Level(cu_seqlens, offsets, bound, max((0, *lengths)), alike and len(set(lengths)) == 1))
-        return FamilyPlan(self.order // slots, self.encoder - low, tuple(levels))
+        return FamilyPlan(self.order // slots, self.encoder - low if low else self.encoder, tuple(levels))
 
 
 # What `device_lengths` gives instead of copies, in the order of the calls, while a CUDA graph is made.

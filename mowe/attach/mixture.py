@@ -60,7 +60,7 @@ class WeakColumns(nn.Module):
             weights,
             base_starts=base.starts,
             base_lengths=on_device[0],
-            row_offsets=[weak.plan.family(f).rows.cu_seqlens for f in range(len(weak.rows))],
+            row_offsets=[weak.plan.row_offsets(f) for f in range(len(weak.rows))],
             position=weak.plan.position,
             base_weight=columns[0].new_zeros(columns[0].shape[1], self.stack, 1),
             row_weights=columns,

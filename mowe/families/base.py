@@ -98,9 +98,9 @@ class EncoderFamily(nn.Module):
 
     def lengths(self, features: ClipFeatures) -> list[list[int]]:
         """[num_levels][B]: frames of each clip at each level. Raises AudioError for a clip that cannot be taken."""
-        by_clip = []
-        for clip, samples in enumerate(features.audio.lengths):
-            with naming(f"clip {clip}"):
+        by_clip: list[list[int]] = []
+        with naming(lambda: f"clip {len(by_clip)}"):
+            for samples in features.audio.lengths:
                 by_clip.append(self.level_lengths(samples, features.context))
         return [list(level) for level in zip(*by_clip, strict=True)]
 

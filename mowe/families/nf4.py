@@ -78,7 +78,7 @@ def layer_weights(linears: Sequence[Any], rows: Level) -> list[Tensor]:
     """Weights [E, N, K] of the layers; those in 4 bits are dequantised together, for the encoders that have rows."""
     packed = [linear for linear in linears if isinstance(linear, Nf4StackedLinear)]
     if not packed:
-        return [linear.weight for linear in linears]
+        return [linear._parameters["weight"] for linear in linears]  # nn.Module's own lookup takes as long as a launch
     full = iter(nf4_dequantize_grouped([linear.matrix for linear in packed], rows.group_offsets, packed[0].bias.dtype))
     return [next(full) if isinstance(linear, Nf4StackedLinear) else linear.weight for linear in linears]
 

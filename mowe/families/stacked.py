@@ -8,7 +8,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mowe.errors import ConfigError
 from mowe.families.nf4 import layer_weights, stays_in_4_bits
-from mowe_kernels import Level, grouped_layer_norm, grouped_linear, grouped_mlp, varlen_attention
+from mowe_kernels import (
+    LayerParameters,
+    Level,
+    encoder_layer,
+    grouped_layer_norm,
+    grouped_linear,
+    varlen_attention,
+)
 
 
 class StackedLinear(nn.Module):
@@ -79,7 +86,7 @@ class StackedLayer(GradientCheckpointingLayer):
         super().__init__()
         if width % heads:
             raise ConfigError(f"an encoder of width {width} cannot have {heads} attention heads")
-        self.heads, self.pre_norm, self.key_bias = heads, pre_norm, key_bias
+        self.heads, self.pre_norm, self.key_bias, self.eps = heads, pre_norm, key_bias, eps
         self.attention_norm = StackedNorm(encoders, width, eps)
         self.qkv = StackedLinear(encoders, width, 3 * width)
         self.out = StackedLinear(encoders, width, width)
@@ -89,20 +96,19 @@ class StackedLayer(GradientCheckpointingLayer):
 
     def forward(self, x: Tensor, rows: Level) -> Tensor:
         """[R, D] -> [R, D], each sequence attending to itself alone."""
-        if stays_in_4_bits(self.qkv, x):
+        if stays_in_4_bits(self._modules["qkv"], x):
             return self._in_4_bits(x, rows)
-        qkv_weight, out_weight, *mlp_weights = layer_weights((self.qkv, self.out, self.fc1, self.fc2), rows)
-        h = self.attention_norm(x, rows) if self.pre_norm else x
-        qkv = grouped_linear(h, qkv_weight, self._qkv_bias(), rows.group_offsets)
-        heads = qkv.view(x.shape[0], 3, self.heads, -1)
-        attended = varlen_attention(
-            heads, rows.cu_seqlens, rows.max_seqlen, equal_lengths=rows.equal_lengths
-        ).flatten(1)
-        x = grouped_linear(attended, out_weight, self.out.bias, rows.group_offsets, residual=x)
-        if self.pre_norm:
-            return self._mlp(x, rows, mlp_weights, self.mlp_norm)
-        x = self.attention_norm(x, rows)
-        return self.mlp_norm(self._mlp(x, rows, mlp_weights, None), rows)
+        return encoder_layer(
+            x,
+            self._parameters_for(rows),
+            rows.group_offsets,
+            rows.cu_seqlens,
+            rows.max_seqlen,
+            heads=self.heads,
+            pre_norm=self.pre_norm,
+            eps=self.eps,
+            equal_lengths=rows.equal_lengths,
+        )
 
     def _in_4_bits(self, x: Tensor, rows: Level) -> Tensor:
         """The same, matrix by matrix, for few rows and layers in 4 bits."""
@@ -116,14 +122,21 @@ class StackedLayer(GradientCheckpointingLayer):
         x = self.fc2(hidden, rows, residual=x)
         return x if self.pre_norm else self.mlp_norm(x, rows)
 
-    def _mlp(self, x: Tensor, rows: Level, weights: list[Tensor], norm: StackedNorm | None) -> Tensor:
-        norms = (norm.weight, norm.bias) if norm is not None else (None, None)
-        (fc1, fc2), eps = weights, self.mlp_norm.eps
-        return grouped_mlp(x, *norms, fc1, self.fc1.bias, fc2, self.fc2.bias, rows.group_offsets, eps=eps)
+    def _parameters_for(self, rows: Level) -> LayerParameters:
+        """Of the layer, read past nn.Module's own lookup, which would take longer than the launches do."""
+        parts = self._modules
+        attention_norm, mlp_norm = parts["attention_norm"]._parameters, parts["mlp_norm"]._parameters
+        linears = parts["qkv"], parts["out"], parts["fc1"], parts["fc2"]
+        qkv, out, fc1, fc2 = layer_weights(linears, rows)
+        qkv_bias, out_bias, fc1_bias, fc2_bias = (linear._parameters["bias"] for linear in linears)
+        return LayerParameters(
+            attention_norm["weight"], attention_norm["bias"], qkv, self._learned(qkv_bias), out, out_bias,
+            mlp_norm["weight"], mlp_norm["bias"], fc1, fc1_bias, fc2, fc2_bias,
+        )  # fmt: skip
 
-    def _qkv_bias(self) -> Tensor:
-        bias = self.qkv.bias
-        if self.key_bias or not (bias.requires_grad and torch.is_grad_enabled()):
-            return bias
-        query, key, value = bias.chunk(3, dim=1)
+    def _learned(self, qkv_bias: Tensor) -> Tensor:
+        """The bias, its keys cut off from their gradient where they have none."""
+        if self.key_bias or not (qkv_bias.requires_grad and torch.is_grad_enabled()):
+            return qkv_bias
+        query, key, value = qkv_bias.chunk(3, dim=1)
         return torch.cat((query, key.detach(), value), dim=1)

@@ -23,6 +23,8 @@ class Op:
     schema: the torch.library schema without the name. fake: the shapes of the results for given arguments.
     Calling it goes straight to the backend; under torch.compile it goes through `torch.ops.mowe`, so that the
     graph holds one opaque node. So does a call that autograd follows: torch.library then refuses its derivative.
+
+    compute: goes straight to the backend, whoever asks.
     """
 
     def __init__(self, name: str, schema: str, fake: Callable[..., Any], *, module: str, function: str):
@@ -31,14 +33,14 @@ class Op:
         def compute(*args: Any) -> Any:
             return getattr(implementation(module, args), function)(*args)
 
-        self._compute = compute
+        self.compute = compute
         self.op = torch.library.custom_op(
             f"mowe::{name}", lambda *args: _separate(compute(*args)), mutates_args=(), schema=schema
         )
         self.op.register_fake(fake)
 
     def __call__(self, *args: Any) -> Any:
-        return self.op(*args) if traced(*args) or needs_grad(*args) else self._compute(*args)
+        return self.op(*args) if traced(*args) or needs_grad(*args) else self.compute(*args)
 
 
 class DifferentiableOp(Op):
@@ -65,7 +67,7 @@ class DifferentiableOp(Op):
             name,
             (torch.autograd.Function,),
             {
-                "forward": staticmethod(self._compute),
+                "forward": staticmethod(self.compute),
                 "setup_context": staticmethod(setup_context),
                 "backward": staticmethod(backward),
             },
@@ -76,7 +78,7 @@ class DifferentiableOp(Op):
             return self.op(*args)
         if needs_grad(*args):
             return self._function.apply(*args)
-        return self._compute(*args)
+        return self.compute(*args)
 
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, int, float, bool, str, list, type(None)))

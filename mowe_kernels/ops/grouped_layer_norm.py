@@ -40,7 +40,7 @@ _backward_op = Op(
     module="grouped_layer_norm",
     function="backward",
 )
-_op = DifferentiableOp(
+OP = DifferentiableOp(
     "grouped_layer_norm",
     "(Tensor x, Tensor weight, Tensor bias, Tensor group_offsets, float eps, str activation) -> Tensor",
     _fake,
@@ -66,4 +66,4 @@ def grouped_layer_norm(
     check(
         activation in ACTIVATIONS, "grouped_layer_norm", f"activation must be one of {ACTIVATIONS}, got {activation!r}"
     )
-    return _op(x, weight, bias, group_offsets, eps, activation)
+    return OP(x, weight, bias, group_offsets, eps, activation)

@@ -52,7 +52,7 @@ _backward_op = Op(
     module="grouped_linear",
     function="backward",
 )
-_op = DifferentiableOp(
+OP = DifferentiableOp(
     "grouped_linear",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor group_offsets, Tensor? residual, Tensor? row_scale,"
     " str activation, bool save_pre) -> (Tensor, Tensor)",
@@ -96,4 +96,4 @@ def grouped_linear(
     check_dtype("grouped_linear", x, weight=weight, bias=bias)
     scale_learns = row_scale is not None and needs_grad(row_scale)
     save_pre = scale_learns or (activation != "" and needs_grad(x, weight, bias))
-    return _op(x, weight, bias, group_offsets, residual, row_scale, activation, save_pre)[0]
+    return OP(x, weight, bias, group_offsets, residual, row_scale, activation, save_pre)[0]

@@ -57,7 +57,7 @@ _backward_op = Op(
     module="grouped_mlp",
     function="backward",
 )
-_op = DifferentiableOp(
+OP = DifferentiableOp(
     "grouped_mlp", f"({_PARAMETERS}) -> Tensor", _fake, setup_context=_setup_context, backward=_backward
 )
 
@@ -98,4 +98,4 @@ def grouped_mlp(
         if tensor is not None:
             check_shape(op, name, tensor, shape, meaning)
     check_dtype(op, x, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
-    return _op(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, group_offsets, eps)
+    return OP(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, group_offsets, eps)

@@ -39,7 +39,7 @@ _backward_op = Op(
     module="varlen_attention",
     function="backward",
 )
-_op = DifferentiableOp(
+OP = DifferentiableOp(
     "varlen_attention",
     "(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, float scale, bool save_lse,"
     " bool equal_lengths=False) -> (Tensor, Tensor)",
@@ -64,4 +64,4 @@ def varlen_attention(
     check_shape("varlen_attention", "qkv", qkv, (None, 3, None, None), "queries, keys and values [R, 3, H, Dh]")
     check_shape("varlen_attention", "cu_seqlens", cu_seqlens, (None,), "row offsets [S+1]")
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
-    return _op(qkv, cu_seqlens, max_seqlen, scale, needs_grad(qkv), equal_lengths)[0]
+    return OP(qkv, cu_seqlens, max_seqlen, scale, needs_grad(qkv), equal_lengths)[0]

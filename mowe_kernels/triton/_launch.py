@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cache, lru_cache
+from threading import local
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -36,6 +37,15 @@ class Hardware(NamedTuple):
     tuned: Mapping[str, Any] = MappingProxyType({})
 
 
+class Started(NamedTuple):
+    """How Triton starts what it compiled: `run`, with some of its arguments and the kernel's constants."""
+
+    run: Callable[..., None]
+    function: Any
+    metadata: Any
+    constants: list[Any]
+
+
 class Tuning(NamedTuple):
     """A launch setting worth measuring: its name, the key it is looked up by, and what to try.
 
@@ -60,10 +70,12 @@ ARCHITECTURES = {
 # For the whole process: autograd runs the backward of CUDA tensors in threads of its own.
 _UNTUNED = object()
 _state: dict[str, Any] = {"hardware": None, "settings": {}, "launches": None}
-_remembering: list[Any] = []
+_to_forget: list[Callable[[], None]] = []
+# Of a thread: what `noting` gathers.
+_noting = local()
 # By kernel and constants, then by what else a launch's code depends on: what Triton compiled, and how that is started.
 # To find that out anew, Triton takes several times what the start itself does.
-_compiled: dict[tuple, dict[tuple, tuple]] = {}
+_compiled: dict[tuple, dict[tuple, Started]] = {}
 
 
 @contextmanager
@@ -83,13 +95,18 @@ def remembered(function: Callable[..., Any]) -> Any:
     encoder asks for the same as the one before it.
     """
     cached = lru_cache(maxsize=4096)(function)
-    _remembering.append(cached)
+    forget_by(cached.cache_clear)
     return cached
 
 
+def forget_by(clear: Callable[[], None]) -> None:
+    """Call `clear` whenever launch settings are changed."""
+    _to_forget.append(clear)
+
+
 def _forget() -> None:
-    for cached in _remembering:
-        cached.cache_clear()
+    for clear in _to_forget:
+        clear()
 
 
 def assume(hardware: Hardware) -> AbstractContextManager[None]:
@@ -169,39 +186,37 @@ def next_power_of_2(n: int) -> int:
 
 
 class Launch:
-    """A number of programs of a kernel with its constants and launch settings, run by calling it with the arguments
-    that are not constants, in the kernel's order, the first a tensor or a descriptor of one.
+    """A kernel with its constants and launch settings, started by calling it with the number of programs and the
+    arguments that are not constants, in the kernel's order, the first a tensor or a descriptor of one.
 
     matmul: whether its dot products are expected on matrix instructions; only the report of compilations asks.
     """
 
-    __slots__ = ("_known", "constexprs", "kernel", "matmul", "num_stages", "num_warps", "programs")
+    __slots__ = ("_known", "constexprs", "kernel", "matmul", "num_stages", "num_warps")
 
-    def __init__(
-        self, kernel: Any, programs: int, *, num_warps: int, num_stages: int, matmul: bool = False, **constexprs: Any
-    ):
-        self.kernel, self.programs, self.constexprs = kernel, programs, constexprs
+    def __init__(self, kernel: Any, *, num_warps: int, num_stages: int, matmul: bool = False, **constexprs: Any):
+        self.kernel, self.constexprs = kernel, constexprs
         self.num_warps, self.num_stages, self.matmul = num_warps, num_stages, matmul
         constants = kernel.fn, num_warps, num_stages, *constexprs, *constexprs.values()
         self._known = _compiled.setdefault(constants, {})
 
-    def __call__(self, *args: Any) -> None:
+    def __call__(self, programs: int, *args: Any) -> None:
         """Run the programs on the device the first argument is on; none, if there is nothing to do."""
-        if self.programs <= 0:
+        if programs <= 0:
             return
         if _state["launches"] is not None:
             _state["launches"].append(_describe(self, args))
             return
         index = (args[0] if isinstance(args[0], Tensor) else args[0].base).get_device()
         if index < 0:  # in Triton's interpreter
-            self._by_triton(args)
+            self._by_triton(programs, args)
         elif index == torch.cuda.current_device():
-            self._start(index, args)
+            self._start(index, programs, args)
         else:
             with torch.cuda.device(index):
-                self._start(index, args)
+                self._start(index, programs, args)
 
-    def _start(self, device: int, args: tuple) -> None:
+    def _start(self, device: int, programs: int, args: tuple) -> None:
         """Have Triton compile and start what was not started yet, and start what was without asking it again.
 
         Then tensors are given by their addresses, which Triton would have to ask of them, and the driver whether it
@@ -221,23 +236,46 @@ class Launch:
                 values.append(arg)
         key = tuple(kinds)
         known = self._known.get(key)
-        if known is None or _hooked():
-            compiled = self._by_triton(args)
+        if known is None or hooked():
+            compiled = self._by_triton(programs, args)
             constants = [self.constexprs[name] for name in self.kernel.arg_names[len(args) :]]
-            self._known[key] = compiled.run, compiled.function, compiled.packed_metadata, constants
+            known = Started(compiled.run, compiled.function, compiled.packed_metadata, constants)
+            self._known[key] = known
         else:
-            run, function, metadata, constants = known
-            stream = driver.active.get_current_stream(device)
-            run(self.programs, 1, 1, stream, function, metadata, None, None, None, *values, *constants)
+            start(known, programs, current_stream(device), values)
+        if (noted := getattr(_noting, "launches", None)) is not None:
+            noted.append((known, programs, args))
 
-    def _by_triton(self, args: tuple) -> Any:
-        start = self.kernel[(self.programs,)]
-        return start(*args, num_warps=self.num_warps, num_stages=self.num_stages, **self.constexprs)
+    def _by_triton(self, programs: int, args: tuple) -> Any:
+        return self.kernel[(programs,)](
+            *args, num_warps=self.num_warps, num_stages=self.num_stages, **self.constexprs
+        )
+
+
+def start(known: Started, programs: int, stream: int, values: Iterable[Any]) -> None:
+    """values: the arguments that are not constants, of tensors the addresses."""
+    run, function, metadata, constants = known
+    run(programs, 1, 1, stream, function, metadata, None, None, None, *values, *constants)
+
+
+def current_stream(device: int) -> int:
+    return driver.active.get_current_stream(device)
+
+
+@contextmanager
+def noting() -> Iterator[list[tuple[Started, int, tuple[Any, ...]]]]:
+    """Write down the launches this thread makes on a GPU inside the `with` block: how, how many programs, with what."""
+    before, launches = getattr(_noting, "launches", None), []
+    _noting.launches = launches
+    try:
+        yield launches
+    finally:
+        _noting.launches = before
 
 
 def launch(kernel: Any, programs: int, *args: Any, **settings: Any) -> None:
-    """Make a `Launch` that is made once, and run it."""
-    Launch(kernel, programs, **settings)(*args)
+    """Make a `Launch`, and start it."""
+    Launch(kernel, **settings)(programs, *args)
 
 
 def _kind(arg: Any) -> Any:
@@ -249,7 +287,7 @@ def _kind(arg: Any) -> Any:
     return float if isinstance(arg, float) else (arg.base.dtype, *arg.block_shape)
 
 
-def _hooked() -> bool:
+def hooked() -> bool:
     """Whether somebody, a profiler say, wants to hear of every launch."""
     return any((knobs.runtime.launch_enter_hook.calls, knobs.runtime.launch_exit_hook.calls))
 

@@ -166,19 +166,20 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, group_offsets: Tensor, eps:
     x, weight, bias = contiguous(x, weight, bias)
     out = torch.empty_like(x)
     (rows, d), experts = x.shape, weight.shape[0]
-    start = _forward_launch(rows, experts, d, activation == "gelu")
-    start(x, weight, bias, group_offsets, out, eps)
+    start, block_rows = _forward_launch(experts, d, activation == "gelu")
+    start(rows // block_rows + experts if rows else 0, x, weight, bias, group_offsets, out, eps)
     return out
 
 
 @remembered
-def _forward_launch(rows: int, experts: int, d: int, gelu: bool) -> Launch:
+def _forward_launch(experts: int, d: int, gelu: bool) -> tuple[Launch, int]:
+    """The launch, and how many rows a program takes."""
     block_rows, block_cols = _block(d)
-    return Launch(
-        grouped_layer_norm_fwd_kernel, rows // block_rows + experts if rows else 0,
-        E=experts, BE=next_power_of_2(experts), D=d, GELU=gelu,
+    start = Launch(
+        grouped_layer_norm_fwd_kernel, E=experts, BE=next_power_of_2(experts), D=d, GELU=gelu,
         BM=block_rows, BD=block_cols, num_warps=FORWARD_WARPS, num_stages=1,
     )  # fmt: skip
+    return start, block_rows
 
 
 def backward(

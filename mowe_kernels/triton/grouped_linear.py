@@ -152,8 +152,9 @@ def gemm(
     if described:
         block = (tile.depth, tile.cols) if transposed else (tile.cols, tile.depth)
         matrices, tma = operands((a, (tile.rows, tile.depth)), (weight, block))
-    start = _gemm_launch(tile, tma, a.itemsize, rows, experts, n, k, transposed, gelu)
-    start(*matrices, bias, group_offsets, residual, scale, through, pre, out)
+    start = _gemm_launch(tile, tma, a.itemsize, experts, n, k, transposed, gelu)
+    programs = (rows // tile.rows + experts) * cdiv(n, tile.cols) if rows else 0
+    start(programs, *matrices, bias, group_offsets, residual, scale, through, pre, out)
 
 
 @remembered
@@ -165,11 +166,10 @@ def _gemm_choice(device: torch.device, dtype: torch.dtype, rows: int, n: int, k:
 
 @remembered
 def _gemm_launch(
-    tile: Tile, tma: bool, itemsize: int, rows: int, experts: int, n: int, k: int, transposed: bool, gelu: bool
+    tile: Tile, tma: bool, itemsize: int, experts: int, n: int, k: int, transposed: bool, gelu: bool
 ) -> Launch:
     return Launch(
-        _gemm.grouped_gemm_kernel, (rows // tile.rows + experts) * cdiv(n, tile.cols) if rows else 0,
-        E=experts, BE=next_power_of_2(experts), N=n, K=k, TRANSPOSED=transposed, GELU=gelu,
+        _gemm.grouped_gemm_kernel, E=experts, BE=next_power_of_2(experts), N=n, K=k, TRANSPOSED=transposed, GELU=gelu,
         BM=tile.rows, BN=tile.cols, BK=tile.depth, BAND=BAND, TMA=tma,
         num_warps=tile.warps, num_stages=tile.stages, matmul=itemsize == 2,
     )  # fmt: skip

@@ -76,8 +76,9 @@ def forward(
     if described:
         blocks = (block.hidden, block.cols), (block.cols, block.hidden)
         (fc1, fc2), tma = operands((fc1_weight, blocks[0]), (fc2_weight, blocks[1]))
-    start = _fused_launch(block, tma, x.itemsize, rows, experts, d, f)
-    start(x, norm_weight, norm_bias, fc1, fc1_bias, fc2, fc2_bias, group_offsets, out, eps)
+    start = _fused_launch(block, tma, x.itemsize, experts, d, f)
+    programs = rows // block.rows + experts if rows else 0
+    start(programs, x, norm_weight, norm_bias, fc1, fc1_bias, fc2, fc2_bias, group_offsets, out, eps)
     return out
 
 
@@ -89,10 +90,9 @@ def _choice(device: torch.device, dtype: torch.dtype, rows: int, d: int, f: int)
 
 
 @remembered
-def _fused_launch(block: Block, tma: bool, itemsize: int, rows: int, experts: int, d: int, f: int) -> Launch:
+def _fused_launch(block: Block, tma: bool, itemsize: int, experts: int, d: int, f: int) -> Launch:
     return Launch(
-        _mlp.grouped_mlp_fwd_kernel, rows // block.rows + experts if rows else 0,
-        E=experts, BE=next_power_of_2(experts), D=d, F=f,
+        _mlp.grouped_mlp_fwd_kernel, E=experts, BE=next_power_of_2(experts), D=d, F=f,
         BM=block.rows, BF=block.hidden, BD=block.cols, TMA=tma,
         num_warps=block.warps, num_stages=block.stages, matmul=itemsize == 2,
     )  # fmt: skip

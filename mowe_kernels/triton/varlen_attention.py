@@ -375,22 +375,20 @@ def _start(name: str, pointers: tuple, qkv: Tensor, cu_seqlens: Tensor, scale: f
     if scale <= 0:
         raise ValueError(f"varlen_attention: the Triton kernels take a positive scale, got {scale}")
     sequences = cu_seqlens.shape[0] - 1
-    start = _launch_of(name, qkv.device, qkv.dtype, rows, sequences, heads, head_dim)
-    start(*pointers, rows, sequences, scale)
+    start, tile = _launch_of(name, qkv.device, qkv.dtype, heads, head_dim)
+    start((rows // tile + sequences) * heads if sequences else 0, *pointers, rows, sequences, scale)
 
 
 @remembered
-def _launch_of(
-    name: str, device: torch.device, dtype: torch.dtype, rows: int, sequences: int, heads: int, head_dim: int
-) -> Launch:
+def _launch_of(name: str, device: torch.device, dtype: torch.dtype, heads: int, head_dim: int) -> tuple[Launch, int]:
+    """The launch, and how many rows a program takes."""
     settings = choose(name, dtype, head_dim, hardware(device))
-    tile = settings.block_n if name == "keys" else settings.block_m
-    return Launch(
-        KERNELS[name], (rows // tile + sequences) * heads if sequences else 0,
-        HEADS=heads, DIM=head_dim, BLOCK_D=max(16, next_power_of_2(head_dim)), BLOCK_M=settings.block_m,
+    start = Launch(
+        KERNELS[name], HEADS=heads, DIM=head_dim, BLOCK_D=max(16, next_power_of_2(head_dim)), BLOCK_M=settings.block_m,
         BLOCK_N=settings.block_n, num_warps=settings.num_warps, num_stages=settings.num_stages,
         matmul=dtype != torch.float32,
     )  # fmt: skip
+    return start, settings.block_n if name == "keys" else settings.block_m
 
 
 def tunings(device: torch.device, rows: int) -> Iterator[Tuning]:

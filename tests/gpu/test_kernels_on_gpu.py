@@ -17,7 +17,7 @@ from torch import Tensor
 
 import mowe_kernels as mk
 from mowe_kernels import use_backend
-from mowe_kernels.triton import grouped_mlp
+from mowe_kernels.triton import encoder_layer, grouped_mlp
 from mowe_kernels.triton._launch import hardware, override
 from mowe_kernels.tune.accuracy import differentiate
 from mowe_kernels.tune.cases import cases
@@ -163,6 +163,26 @@ def test_peak_memory(op, floats):
         before = torch.cuda.memory_allocated()
         out = call()
     assert torch.cuda.max_memory_allocated() - before <= floats * out.nbytes + 2**20
+
+
+@pytest.mark.parametrize("pre_norm", [True, False], ids=["before", "after"])
+def test_a_repeated_layer_gives_what_its_parts_do(pre_norm):
+    """The layers of a batch after the first are launched by addresses alone."""
+    rows, d, hidden, encoders = bounds(zeros(0, 1)), 384, 1536, 2
+    narrow, shapes = (encoders, d), [(encoders, 3 * d, d), (encoders, 3 * d), (encoders, d, d)]
+    shapes = [narrow, narrow, *shapes, narrow, narrow, narrow]
+    shapes += [(encoders, hidden, d), (encoders, hidden), (encoders, d, hidden), narrow]
+    encoder_layer._kept.clear()
+    for _ in range(3):
+        x, parameters = random(LAST, d), mk.LayerParameters(*(random(*shape) for shape in shapes))
+        followed = parameters._replace(out_bias=parameters.out_bias.clone().requires_grad_())  # so that parts are run
+        with use_backend("triton"):
+            out, parts = (
+                mk.encoder_layer(x, given, rows, rows.clone(), LAST, heads=6, pre_norm=pre_norm)
+                for given in (parameters, followed)
+            )
+        assert torch.equal(out, parts)
+    assert [repeat is not None for repeat in encoder_layer._kept.values()] == [True]
 
 
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -135,6 +136,14 @@ def test_each_pair_is_computed_once(pool):
     out = pool.encode(clips(16_000), [[0, 0, 4, 0]], "valid")
     assert sum(len(rows) for rows in out.rows) == 2 * 50
     assert out.pair(0, 0).data_ptr() == out.pair(0, 3).data_ptr() != out.pair(0, 2).data_ptr()
+
+
+def test_pairs_are_found_by_a_plan_on_the_host(pool):
+    """As those of choices that were made there: the plan on the device need not be read."""
+    out = pool.encode(clips(16_000, 9_777), [[0, UNUSED], [5, 2]], "valid")
+    told = replace(out, plan=SimpleNamespace(position=out.plan.position), plan_on_host=lambda: out.plan)
+    assert [[found is None for found in slots] for slots in told.pairs()] == [[False, True], [False, False]]
+    assert all(torch.equal(told.pair(c, s), out.pair(c, s)) for c, s in ((0, 0), (1, 0), (1, 1)))
 
 
 def test_encoders_of_one_architecture_are_one_family(pool):
