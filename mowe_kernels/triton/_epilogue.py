@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mowe_kernels.triton._device import gelu, gelu_grad
-from mowe_kernels.triton._launch import launch
+from mowe_kernels.triton._launch import cdiv, launch, next_power_of_2
 
 ROWS = 8  # of a program that only passes over them
 
@@ -75,7 +75,7 @@ def activation_backward(grad: Tensor, pre: Tensor | None, count: Tensor, scale: 
     scales = 0 if scale is None else scale.shape[0]
     out = grad.new_empty(1 + scales, rows, n)
     launch(
-        activation_bwd_kernel, triton.cdiv(rows, ROWS), grad, pre, scale, count, out, rows,
-        N=n, SCALES=scales, BM=ROWS, BN=min(256, triton.next_power_of_2(n)), num_warps=4, num_stages=2,
+        activation_bwd_kernel, cdiv(rows, ROWS), grad, pre, scale, count, out, rows,
+        N=n, SCALES=scales, BM=ROWS, BN=min(256, next_power_of_2(n)), num_warps=4, num_stages=2,
     )  # fmt: skip
     return out

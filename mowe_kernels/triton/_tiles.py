@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import triton
 from torch import Tensor
 
-from mowe_kernels.triton._launch import hardware, setting
+from mowe_kernels.triton._launch import cdiv, hardware, next_power_of_2, setting
 from mowe_kernels.triton.grouped_linear import Tile, newest
 
 Table = dict[tuple[int, int], tuple[Tile, Tile]]
@@ -19,7 +18,7 @@ def fitted_tile(name: str, table: Table, rows: int, cols: int, depth: int, like:
     """
     device = hardware(like.device)
     large, small = newest(table, device, like.dtype)
-    starved = triton.cdiv(rows, large.rows) * triton.cdiv(cols, large.cols) * products < device.num_sms
+    starved = cdiv(rows, large.rows) * cdiv(cols, large.cols) * products < device.num_sms
     key = f"{8 * like.itemsize} bits, {'few' if starved else 'many'} blocks"
     tile = setting(name, small if starved else large, device, key)
     narrow = at_most(tile.cols, cols)
@@ -29,4 +28,4 @@ def fitted_tile(name: str, table: Table, rows: int, cols: int, depth: int, like:
 
 def at_most(block: int, size: int) -> int:
     """The block, or a smaller one that holds `size`, a power of two and no smaller than matrix instructions take."""
-    return min(block, max(16, triton.next_power_of_2(size)))
+    return min(block, max(16, next_power_of_2(size)))

@@ -6,13 +6,21 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-import triton
 from torch import Tensor
 
 from mowe_kernels.triton import _conv1d
 from mowe_kernels.triton._compilation import Compilation
 from mowe_kernels.triton._epilogue import activation_backward
-from mowe_kernels.triton._launch import Tuning, check_dtypes, contiguous, hardware, launch, recorded, setting
+from mowe_kernels.triton._launch import (
+    Tuning,
+    cdiv,
+    check_dtypes,
+    contiguous,
+    hardware,
+    launch,
+    recorded,
+    setting,
+)
 from mowe_kernels.triton._tiles import at_most, fitted_tile
 from mowe_kernels.triton.grouped_linear import CANDIDATES, Tile, newest
 
@@ -58,7 +66,7 @@ def forward(
     tile = fitted_tile("conv_tile", TILES, num_rows, n // groups, taps * channels, x, groups)
     launch(
         _conv1d.grouped_conv1d_fwd_kernel,
-        (num_rows // tile.rows + pairs) * groups * triton.cdiv(n // groups, tile.cols),
+        (num_rows // tile.rows + pairs) * groups * cdiv(n // groups, tile.cols),
         *contiguous(x, weight, bias, starts, lengths, encoder, cu_seqlens, positions, residual),
         pre if save_pre else None, out, pairs, 0 if positions is None else positions.shape[1],
         N=n, TAPS=taps, CG=channels, GROUPS=groups, STRIDE=stride, PADDING=padding, GELU=activation == "gelu",
@@ -114,10 +122,10 @@ def _grad_x(
     n, taps, channels = weight.shape[1:]
     frames = x.shape[0]
     grad_x = x.new_empty(x.shape)
-    tile = fitted_tile("conv_tile", TILES, frames, channels, triton.cdiv(taps, stride) * n // groups, x, groups)
+    tile = fitted_tile("conv_tile", TILES, frames, channels, cdiv(taps, stride) * n // groups, x, groups)
     launch(
         _conv1d.grouped_conv1d_bwd_x_kernel,
-        triton.cdiv(frames, tile.rows * stride) * stride * groups * triton.cdiv(channels, tile.cols),
+        cdiv(frames, tile.rows * stride) * stride * groups * cdiv(channels, tile.cols),
         grad, weight, starts, starts + lengths, encoder, cu_seqlens, grad_x, starts.shape[0], frames,
         N=n, TAPS=taps, CG=channels, GROUPS=groups, STRIDE=stride, PADDING=padding,
         BM=tile.rows, BN=tile.cols, BK=tile.depth,
@@ -134,7 +142,7 @@ def _grad_weight(
     device = hardware(x.device)
     tile = setting("conv_weight_tile", newest(WEIGHT_TILES, device, x.dtype), device, f"{8 * x.itemsize} bits")
     tile = tile._replace(rows=at_most(tile.rows, n // groups), cols=at_most(tile.cols, taps * channels))
-    tiles = encoders * groups * triton.cdiv(n // groups, tile.rows) * triton.cdiv(taps * channels, tile.cols)
+    tiles = encoders * groups * cdiv(n // groups, tile.rows) * cdiv(taps * channels, tile.cols)
     splits = setting("conv_weight_splits", max(1, WEIGHT_PROGRAMS_PER_SM * device.num_sms // tiles))
     dtype = weight.dtype if splits == 1 else torch.float32
     parts = weight.new_empty(splits, *weight.shape, dtype=dtype)
@@ -155,7 +163,7 @@ def _grad_positions(grad: Tensor, encoder: Tensor, cu_seqlens: Tensor, positions
     grad_positions = positions.new_empty(positions.shape)
     launch(
         _conv1d.grouped_conv1d_bwd_positions_kernel,
-        encoders * triton.cdiv(max_positions, tile.rows) * triton.cdiv(n, tile.cols),
+        encoders * cdiv(max_positions, tile.rows) * cdiv(n, tile.cols),
         grad, encoder, cu_seqlens, grad_positions, encoder.shape[0], max_positions,
         N=n, BM=tile.rows, BN=tile.cols, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

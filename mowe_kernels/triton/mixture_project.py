@@ -10,13 +10,21 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import triton
 from torch import Tensor
 
 from mowe_kernels.triton import _mixture, _mixture_tables
 from mowe_kernels.triton._compilation import Compilation
 from mowe_kernels.triton._epilogue import activation_backward
-from mowe_kernels.triton._launch import check_dtypes, contiguous, hardware, launch, recorded, setting
+from mowe_kernels.triton._launch import (
+    cdiv,
+    check_dtypes,
+    contiguous,
+    hardware,
+    launch,
+    next_power_of_2,
+    recorded,
+    setting,
+)
 from mowe_kernels.triton._tiles import at_most, fitted_tile
 from mowe_kernels.triton.grouped_linear import Tile, newest
 
@@ -82,19 +90,19 @@ class _Clips:
     def search(self) -> tuple[int, int]:
         """Of a search among the clips: how many there are, and its first step."""
         batch = self.starts.shape[0]
-        return batch, triton.next_power_of_2(batch) // 2
+        return batch, next_power_of_2(batch) // 2
 
     @property
     def reach(self) -> int:
         """Output frames that see a base frame, at most."""
-        return triton.cdiv(self.taps, self.stride)
+        return cdiv(self.taps, self.stride)
 
     def sources(self, features: _Features, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Rows of the features that each output row meets [k, taps, rows], and its slots' weights [k, rows]."""
         sources = self.starts.new_empty(features.slots, self.taps, self.rows)
         scale = None if weights is None else weights.new_empty(features.slots, self.rows, dtype=torch.float32)
         launch(
-            _mixture_tables.mixture_project_sources_kernel, triton.cdiv(self.rows, TABLE_BLOCK),
+            _mixture_tables.mixture_project_sources_kernel, cdiv(self.rows, TABLE_BLOCK),
             self.cu_seqlens, self.lengths, features.position, weights, features.first, features.last, sources, scale,
             self.rows, *self.search, *features.clock,
             SLOTS=features.slots, TAPS=self.taps, STRIDE=self.stride, PADDING=self.padding, BM=TABLE_BLOCK,
@@ -108,7 +116,7 @@ class _Clips:
         targets = self.starts.new_empty(features.slots, self.stride, places)
         origins = self.starts.new_empty(self.reach, places)
         launch(
-            _mixture_tables.mixture_project_targets_kernel, triton.cdiv(places, TABLE_BLOCK),
+            _mixture_tables.mixture_project_targets_kernel, cdiv(places, TABLE_BLOCK),
             self.cu_seqlens, self.starts, self.lengths, features.position, features.first, features.last,
             targets, origins, places, *self.search,
             SLOTS=features.slots, REACH=self.reach, STRIDE=self.stride, PADDING=self.padding, BM=TABLE_BLOCK,
@@ -155,7 +163,7 @@ def forward(
         of_family = (family.x, sources, family.weight, scale) if family else (None,) * 4
         tile = fitted_tile("mixture_tile", TILES, num_rows, n, clips.taps * of_base.width, base)
         launch(
-            _mixture.mixture_project_fwd_kernel, triton.cdiv(num_rows, tile.rows) * triton.cdiv(n, tile.cols),
+            _mixture.mixture_project_fwd_kernel, cdiv(num_rows, tile.rows) * cdiv(n, tile.cols),
             result, *((of_base.x, base_sources, of_base.weight) if index == 0 else (None,) * 3), *of_family,
             bias if last else None, total, pre if last and save_pre else None, num_rows,
             SLOTS=family.slots if family else 0, N=n, TAPS=clips.taps, DB=of_base.width,
@@ -249,7 +257,7 @@ def _grad_weight(grads: Tensor, features: _Features, sources: Tensor) -> Tensor:
     grad_weight = features.weight.new_empty(features.weight.shape)
     launch(
         _mixture.mixture_project_bwd_weight_kernel,
-        slots * taps * triton.cdiv(n, tile.rows) * triton.cdiv(width, tile.cols),
+        slots * taps * cdiv(n, tile.rows) * cdiv(width, tile.cols),
         grads, features.x, sources, grad_weight, grads.shape[1],
         N=n, TAPS=taps, D=width, BN=tile.rows, BC=tile.cols, BK=tile.depth,
         num_warps=tile.warps, num_stages=tile.stages, matmul=grads.itemsize == 2,
@@ -266,7 +274,7 @@ def _grad_features(grad: Tensor, features: _Features, clips: _Clips, base: Tenso
     out = base.new_zeros(slots, base.shape[0], width)
     launch(
         _mixture.mixture_project_bwd_features_kernel,
-        slots * clips.stride * triton.cdiv(places, tile.rows) * triton.cdiv(width, tile.cols),
+        slots * clips.stride * cdiv(places, tile.rows) * cdiv(width, tile.cols),
         grad, targets, origins, features.weight, out, places, base.shape[0],
         N=n, TAPS=taps, STRIDE=clips.stride, D=width, BM=tile.rows, BN=tile.cols, BK=tile.depth,
         num_warps=tile.warps, num_stages=tile.stages, matmul=grad.itemsize == 2,
@@ -280,7 +288,7 @@ def _grad_rows(grads: Tensor, features: _Features, clips: _Clips, weights: Tenso
     grad_rows = torch.zeros_like(features.x)
     launch(
         _mixture.mixture_project_bwd_rows_kernel,
-        weights.numel() * shares * triton.cdiv(features.width, tile.cols),
+        weights.numel() * shares * cdiv(features.width, tile.cols),
         grads, clips.starts, clips.lengths, features.position, weights, features.first, features.last, grad_rows,
         grads.shape[1], *features.clock,
         SLOTS=features.slots, D=features.width, PARTS=shares, BM=tile.rows, BC=tile.cols,
