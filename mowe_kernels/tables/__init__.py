@@ -1,7 +1,8 @@
 """What was measured on a device: which kernels were found right there, and the launch settings that were fastest.
 
 `python -m mowe_kernels.tune` makes such a table. Those of this folder come with the package; the user's own, in the
-cache directory, go before them.
+cache directory, go before them. A device without one gets that of the package for its compute capability: the same
+instructions run on both.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class DeviceTable:
     """device: its name as torch gives it. made_with: versions. ops: the ops whose kernels are right on it.
 
     settings: by "<name of the setting>, <key>", a launch setting that is faster than the one chosen without a table.
+    capability: of the device, 90 for 9.0.
     """
 
     device: str
@@ -47,6 +49,7 @@ class DeviceTable:
     settings: Mapping[str, Any] = field(default_factory=dict)
     attention: tuple[AttentionChoice, ...] = ()
     made_with: Mapping[str, str] = field(default_factory=dict)
+    capability: int | None = None
 
     def attention_of(self, head_dim: int, longest: int, equal_lengths: bool) -> AttentionChoice | None:
         """The first choice that covers this case; without one of its own, equal lengths are lengths like others."""
@@ -78,8 +81,19 @@ def file_name(device: str) -> str:
 
 @cache
 def of_device(index: int) -> DeviceTable | None:
-    """The table of a CUDA device, None where it has none."""
-    return of_name(torch.cuda.get_device_name(index))
+    """The table of a CUDA device or of its kind, None where there is none."""
+    return of_name(torch.cuda.get_device_name(index)) or of_capability(capability(index))
+
+
+def capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def of_capability(capability: int) -> DeviceTable | None:
+    """The package's table of a device of a compute capability, None where it has none."""
+    packaged = map(read, sorted(PACKAGED.glob("*.json")))
+    return next((table for table in packaged if table.capability == capability), None)
 
 
 def of_name(device: str) -> DeviceTable | None:

@@ -88,7 +88,8 @@ def measure(
     choices: list[AttentionChoice] = []
 
     def kept() -> DeviceTable:
-        table = DeviceTable(torch.cuda.get_device_name(device), right, dict(settings), tuple(choices), versions())
+        name, capability = torch.cuda.get_device_name(device), tables.capability(device.index or 0)
+        table = DeviceTable(name, right, dict(settings), tuple(choices), versions(), capability)
         keep(table)
         return table
 

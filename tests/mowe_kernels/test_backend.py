@@ -87,6 +87,7 @@ def gpu(monkeypatch, tmp_path) -> DeviceTable:
     """A GPU that is not there, and the table of it, in the user's folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (1, 0))
     for cached in (tables.of_device, backend._tell, backend.module_name):
         cached.cache_clear()
     yield DeviceTable("Some GPU", ("grouped_linear", "varlen_attention"))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,6 +44,21 @@ def test_the_users_table_goes_before_that_of_the_package(cache, monkeypatch, tmp
     assert tables.of_name(TABLE.device) == TABLE
 
 
+def test_a_device_without_a_table_has_that_of_its_kind(cache, monkeypatch, tmp_path):
+    monkeypatch.setattr(tables, "PACKAGED", tmp_path / "packaged")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Another GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, index))
+    replace(TABLE, capability=80).write(tables.PACKAGED)
+    alike = DeviceTable("One more GPU", (), capability=90)
+    alike.write(tables.PACKAGED)
+    DeviceTable("The user's GPU", (), capability=91).write(cache)
+    found = tables.of_device.__wrapped__
+    assert (found(0), found(1)) == (alike, None)
+    own = DeviceTable("Another GPU", ("route_topk",), capability=90)
+    own.write(cache)
+    assert found(0) == own
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"device": "x", "ops": [], "attention": [{}]}', '{"attention": 1}'])
 def test_a_file_that_is_no_table(cache, text):
     cache.mkdir()
@@ -57,6 +73,7 @@ def test_packaged_tables(path):
     table = tables.read(path)
     assert path.name == tables.file_name(table.device)
     assert {"torch", "triton", "driver"} <= table.made_with.keys()
+    assert table.capability
     assert json.loads(path.read_text())["ops"]
 
 

@@ -141,6 +141,7 @@ def _lookups(tuning: Tuning) -> set[str]:
 def test_a_whole_table(monkeypatch, capsys):
     """Of three ops, timed by the candidate's own number."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     some = {name: cases(TINY, CPU)[name] for name in ("sequence_mean", "varlen_attention", "pack_plan")}
     monkeypatch.setattr(tune, "cases", lambda size, device: some)
     small = varlen_attention.Settings(16, 16, 4, 1)
@@ -166,6 +167,7 @@ def test_a_whole_table(monkeypatch, capsys):
 @pytest.fixture
 def two_ops(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     some = {name: cases(TINY, CPU)[name] for name in ("sequence_mean", "pack_plan")}
     monkeypatch.setattr(tune, "cases", lambda size, device: some)
 
