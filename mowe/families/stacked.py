@@ -107,6 +107,7 @@ class StackedLayer(GradientCheckpointingLayer):
             heads=self.heads,
             pre_norm=self.pre_norm,
             eps=self.eps,
+            key_bias=self.key_bias,
             equal_lengths=rows.equal_lengths,
         )
 
@@ -130,13 +131,6 @@ class StackedLayer(GradientCheckpointingLayer):
         qkv, out, fc1, fc2 = layer_weights(linears, rows)
         qkv_bias, out_bias, fc1_bias, fc2_bias = (linear._parameters["bias"] for linear in linears)
         return LayerParameters(
-            attention_norm["weight"], attention_norm["bias"], qkv, self._learned(qkv_bias), out, out_bias,
+            attention_norm["weight"], attention_norm["bias"], qkv, qkv_bias, out, out_bias,
             mlp_norm["weight"], mlp_norm["bias"], fc1, fc1_bias, fc2, fc2_bias,
         )  # fmt: skip
-
-    def _learned(self, qkv_bias: Tensor) -> Tensor:
-        """The bias, its keys cut off from their gradient where they have none."""
-        if self.key_bias or not (qkv_bias.requires_grad and torch.is_grad_enabled()):
-            return qkv_bias
-        query, key, value = qkv_bias.chunk(3, dim=1)
-        return torch.cat((query, key.detach(), value), dim=1)

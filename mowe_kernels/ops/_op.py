@@ -63,15 +63,15 @@ class DifferentiableOp(Op):
         super().__init__(name, schema, fake, module=name, function="forward")
         self.op.register_autograd(backward, setup_context=setup_context)
         self._takes_lists = "Tensor[]" in schema
-        self._function = type(
-            name,
-            (torch.autograd.Function,),
-            {
-                "forward": staticmethod(self.compute),
-                "setup_context": staticmethod(setup_context),
-                "backward": staticmethod(backward),
-            },
-        )
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = self.compute(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        # Where it has a setup_context of its own, torch works out the signature of its forward anew at every call.
+        members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self._function = type(name, (torch.autograd.Function,), members)
 
     def __call__(self, *args: Any) -> Any:
         if self._takes_lists or traced(*args):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from mowe_kernels.backend import implementation
 from mowe_kernels.ops import grouped_layer_norm, grouped_linear, grouped_mlp, varlen_attention
 from mowe_kernels.ops._op import check, check_shape, needs_grad, traced
-from mowe_kernels.reference.encoder_layer import forward as composed
+from mowe_kernels.reference import encoder_layer as reference
 
 
 class LayerParameters(NamedTuple):
@@ -33,10 +34,11 @@ class LayerParameters(NamedTuple):
     fc2_bias: Tensor
 
 
-_PARTS = grouped_layer_norm.OP, grouped_linear.OP, varlen_attention.OP, grouped_mlp.OP
+_PARTS = grouped_layer_norm, grouped_linear, varlen_attention, grouped_mlp
+_OPS, _BACKWARD_OPS = tuple(part.OP for part in _PARTS), tuple(part.BACKWARD for part in _PARTS)
 # Called straight, without each asking anew whether autograd or torch.compile wants to know: a layer of few rows is
 # launched in less time than that takes.
-_STRAIGHT = tuple(op.compute for op in _PARTS)
+FORWARD, BACKWARD = (tuple(op.compute for op in ops) for ops in (_OPS, _BACKWARD_OPS))
 
 
 def encoder_layer(
@@ -49,6 +51,7 @@ def encoder_layer(
     heads: int,
     pre_norm: bool = True,
     eps: float = 1e-5,
+    key_bias: bool = True,
     equal_lengths: bool = False,
 ) -> Tensor:
     """x + attention(x), then x + fc2(gelu(fc1(x))), each sequence attending to itself alone.
@@ -56,17 +59,61 @@ def encoder_layer(
     x: [R, D] packed rows. parameters: of the E layers. group_offsets: int32 [E+1]. cu_seqlens: int32 [S+1], first row
     of each sequence. max_seqlen: host upper bound of their lengths. heads: of the attention, of D / heads columns.
     pre_norm: LayerNorm before each half, of what goes into it, or after it, of the sum. eps: of the norms.
-    equal_lengths: as for `varlen_attention`.
+    key_bias: False where the part of `qkv_bias` that is the keys' gets a gradient of zero. equal_lengths: as for
+    `varlen_attention`.
     Returns [R, D] in the type of x; rows past group_offsets[-1] are unspecified.
     Floor: 2 R (4 D^2 + 2 D F) FLOPs and those of `varlen_attention`.
     Raises ValueError for shapes or types that do not fit.
     """
     _check(x, parameters, group_offsets, cu_seqlens, heads)
-    arguments = x, parameters, group_offsets, cu_seqlens, max_seqlen, heads, pre_norm, eps, equal_lengths
-    differentiable = needs_grad(x, *parameters)
-    if differentiable or traced(x, *parameters):
-        return composed(_PARTS, differentiable, *arguments)
-    return implementation("encoder_layer", arguments).forward(_STRAIGHT, False, *arguments)
+    how = max_seqlen, heads, pre_norm, eps, equal_lengths
+    if traced(x, *parameters):
+        if not key_bias:
+            query, key, value = parameters.qkv_bias.chunk(3, dim=1)
+            parameters = parameters._replace(qkv_bias=torch.cat((query, key.detach(), value), dim=1))
+        saves = needs_grad(x, *parameters)
+        return reference.forward(_OPS, saves, x, parameters, group_offsets, cu_seqlens, *how)[0]
+    if needs_grad(x, *parameters):
+        return _Layer.apply(key_bias, how, x, group_offsets, cu_seqlens, *parameters)
+    module = implementation("encoder_layer", (x,))
+    return module.forward(FORWARD, False, x, parameters, group_offsets, cu_seqlens, *how)[0]
+
+
+class _Layer(torch.autograd.Function):
+    """The whole layer as one node of autograd."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        key_bias: bool,
+        how: tuple,
+        x: Tensor,
+        group_offsets: Tensor,
+        cu_seqlens: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        module = implementation("encoder_layer", (x,))
+        out, *saved = module.forward(FORWARD, True, x, parameters, group_offsets, cu_seqlens, *how)
+        ctx.key_bias, ctx.how = key_bias, how
+        ctx.save_for_backward(x, group_offsets, cu_seqlens, *parameters, *saved)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, group_offsets, cu_seqlens, *tensors = ctx.saved_tensors
+        count = len(LayerParameters._fields)
+        parameters, saved = tensors[:count], tensors[count:]
+        needs = ctx.needs_input_grad[2], *ctx.needs_input_grad[5:]
+        about = needs, grad, x, parameters, group_offsets, cu_seqlens, saved, *ctx.how
+        if needs_grad(grad, x, *parameters):  # a second derivative is asked for: the ops refuse it
+            grads = reference.backward(_BACKWARD_OPS, *about)
+        else:
+            grads = implementation("encoder_layer", (x,)).backward(BACKWARD, *about)
+        of_x, *of_parameters = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
+        of_qkv_bias = of_parameters[LayerParameters._fields.index("qkv_bias")]
+        if of_qkv_bias is not None and not ctx.key_bias:
+            of_qkv_bias.chunk(3, dim=1)[1].zero_()
+        return None, None, of_x, None, None, *of_parameters
 
 
 def _check(x: Tensor, parameters: LayerParameters, group_offsets: Tensor, cu_seqlens: Tensor, heads: int) -> None:

@@ -23,14 +23,15 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.stride, ctx.padding, ctx.groups, ctx.activation = inputs[10:14]
     ctx.save_for_backward(x, weight, starts, lengths, encoder, cu_seqlens, positions, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else that output gets a gradient of zeros, written for nobody
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
+def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple:
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
     need_positions, need_residual = ctx.needs_input_grad[7:9]
     needs = need_x, need_weight, need_bias, need_positions
     grads = (None,) * 4
-    if any(needs):
+    if grad is not None and any(needs):
         grads = _backward_op(grad, *ctx.saved_tensors, ctx.stride, ctx.padding, ctx.groups, ctx.activation, *needs)
     *grads, grad_positions = map(optional, grads)
     return *grads, *(None,) * 4, grad_positions, grad if need_residual else None, *(None,) * 6

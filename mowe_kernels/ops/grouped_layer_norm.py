@@ -21,21 +21,21 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple:
     need_x, *need_parameters = ctx.needs_input_grad[:3]
-    grads = _backward_op(grad, *ctx.saved_tensors, ctx.eps, ctx.activation, need_x, any(need_parameters))
+    grads = BACKWARD(grad, *ctx.saved_tensors, ctx.eps, ctx.activation, need_x, any(need_parameters), None)
     return *map(optional, grads), None, None, None
 
 
-def _fake_backward(grad, x, weight, bias, group_offsets, eps, activation, need_x, need_parameters):
+def _fake_backward(grad, x, weight, bias, group_offsets, eps, activation, need_x, need_parameters, residual):
     return (
         x.new_empty(x.shape) if need_x else empty(x),
         *(p.new_empty(p.shape) if need_parameters else empty(p) for p in (weight, bias)),
     )
 
 
-_backward_op = Op(
+BACKWARD = Op(
     "grouped_layer_norm_backward",
     "(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor group_offsets, float eps, str activation, bool need_x,"
-    " bool need_parameters) -> (Tensor, Tensor, Tensor)",
+    " bool need_parameters, Tensor? residual) -> (Tensor, Tensor, Tensor)",
     _fake_backward,
     module="grouped_layer_norm",
     function="backward",

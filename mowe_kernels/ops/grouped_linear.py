@@ -20,21 +20,22 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, weight, _, group_offsets, _, row_scale, ctx.activation, _ = inputs
     ctx.save_for_backward(x, weight, group_offsets, row_scale, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else that output gets a gradient of zeros, written for nobody
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
+def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple:
     need_x, need_weight, need_bias, _, need_residual, need_scale, *_ = ctx.needs_input_grad
     x, weight, group_offsets, row_scale, pre = ctx.saved_tensors
     needs = need_x, need_weight, need_bias, need_scale
     grads = (None,) * 4
-    if any(needs):
-        grads = _backward_op(grad, x, weight, group_offsets, row_scale, pre, ctx.activation, *needs)
+    if grad is not None and any(needs):
+        grads = BACKWARD(grad, x, weight, group_offsets, row_scale, pre, ctx.activation, *needs, None)
     *grads, grad_scale = map(optional, grads)
     return *grads, None, grad if need_residual else None, grad_scale, None, None
 
 
 def _fake_backward(
-    grad, x, weight, group_offsets, row_scale, pre, activation, need_x, need_weight, need_bias, need_scale
+    grad, x, weight, group_offsets, row_scale, pre, activation, need_x, need_weight, need_bias, need_scale, residual
 ):
     return (
         x.new_empty(x.shape) if need_x else empty(x),
@@ -44,10 +45,11 @@ def _fake_backward(
     )
 
 
-_backward_op = Op(
+BACKWARD = Op(
     "grouped_linear_backward",
     "(Tensor grad, Tensor x, Tensor weight, Tensor group_offsets, Tensor? row_scale, Tensor pre, str activation,"
-    " bool need_x, bool need_weight, bool need_bias, bool need_scale) -> (Tensor, Tensor, Tensor, Tensor)",
+    " bool need_x, bool need_weight, bool need_bias, bool need_scale, Tensor? residual)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_backward,
     module="grouped_linear",
     function="backward",

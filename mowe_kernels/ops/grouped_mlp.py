@@ -20,7 +20,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple:
     need_x, *need_parameters = ctx.needs_input_grad[:7]
-    grads = _backward_op(grad, *ctx.saved_tensors, ctx.eps, need_x, any(need_parameters))
+    grads = BACKWARD(grad, *ctx.saved_tensors, ctx.eps, need_x, any(need_parameters))
     return *map(optional, grads), None, None
 
 
@@ -49,7 +49,7 @@ _PARAMETERS = (
     "Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight,"
     " Tensor fc2_bias, Tensor group_offsets, float eps"
 )
-_backward_op = Op(
+BACKWARD = Op(
     "grouped_mlp_backward",
     f"(Tensor grad, {_PARAMETERS}, bool need_x, bool need_parameters)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",

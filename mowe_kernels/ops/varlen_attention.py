@@ -20,18 +20,21 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     qkv, cu_seqlens, ctx.max_seqlen, ctx.scale, _, ctx.equal_lengths = inputs
     ctx.save_for_backward(qkv, *output, cu_seqlens)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else that output gets a gradient of zeros, written for nobody
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
+def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple:
+    if grad is None:
+        return (None,) * 6
     settings = ctx.max_seqlen, ctx.scale, ctx.equal_lengths
-    return _backward_op(grad.contiguous(), *ctx.saved_tensors, *settings), None, None, None, None, None
+    return BACKWARD(grad.contiguous(), *ctx.saved_tensors, *settings), None, None, None, None, None
 
 
 def _fake_backward(grad, qkv, out, lse, cu_seqlens, max_seqlen, scale, equal_lengths=False):
     return qkv.new_empty(qkv.shape)
 
 
-_backward_op = Op(
+BACKWARD = Op(
     "varlen_attention_backward",
     "(Tensor grad, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens, SymInt max_seqlen, float scale,"
     " bool equal_lengths=False) -> Tensor",

@@ -27,7 +27,9 @@ def backward(
     activation: str,
     need_x: bool,
     need_parameters: bool,
+    residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """residual: [R, D], added to the gradient of x."""
     grad_x = x.new_empty(x.shape if need_x else 0)
     grad_weight, grad_bias = sums(weight, need_parameters), sums(bias, need_parameters)
     for e, rows in chunks(group_offsets):
@@ -37,7 +39,7 @@ def backward(
             g = torch.ops.aten.gelu_backward(g, norm.out)
         grad_rows, *grad_parameters = norm.backward(g, need_x, need_parameters)
         if need_x:
-            grad_x[rows] = grad_rows
+            grad_x[rows] = grad_rows if residual is None else grad_rows + residual[rows]
         if need_parameters:
             grad_weight[e] += grad_parameters[0]
             grad_bias[e] += grad_parameters[1]

@@ -44,7 +44,9 @@ def backward(
     need_weight: bool,
     need_bias: bool,
     need_scale: bool,
+    residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """residual: [R, K], added to the gradient of x."""
     grad_x = x.new_empty(x.shape if need_x else 0)
     grad_weight = sums(weight, need_weight)
     grad_bias = sums(weight[..., 0], need_bias)
@@ -58,7 +60,7 @@ def backward(
         if activation == "gelu":
             g = torch.ops.aten.gelu_backward(g, pre[rows])
         if need_x:
-            torch.mm(g, weight[e], out=grad_x[rows])
+            linear_into(grad_x[rows], g, weight[e].T, at(residual, rows))
         if need_weight:
             add_product(grad_weight[e], g.T, x[rows])
         if need_bias:
@@ -70,7 +72,7 @@ def backward(
 
 
 def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """out = x @ weight.T + bias."""
+    """out = x @ weight.T + bias, a bias of every column or of every value."""
     if bias is None:
         torch.mm(x, weight.T, out=out)
     else:

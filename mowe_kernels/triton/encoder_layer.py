@@ -5,7 +5,7 @@ A batch has lengths of its own, so its first layer goes through the ops; from th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from mowe_kernels import attention
-from mowe_kernels.reference.encoder_layer import Parts
-from mowe_kernels.reference.encoder_layer import forward as composed
+from mowe_kernels.reference import encoder_layer as reference
 from mowe_kernels.triton._launch import forget_by, hooked
 from mowe_kernels.triton._repeat import Repeat, noted
 from mowe_kernels.triton.varlen_attention import MOST_COLUMNS
 
+# Of rows whose layers are repeated (our choice). Where there are more, the GPU takes longer than the host does, and
+# temporaries that all live at once would take memory for nothing.
+MOST_BYTES = 2**24
 MOST_KEPT = 256
 _NEW: Any = object()
 _kept: dict[tuple, Repeat | None] = {}  # None: to be computed part by part
@@ -26,29 +28,57 @@ forget_by(_kept.clear)
 
 
 def forward(
-    parts: Parts,
-    save_lse: bool,
+    parts: reference.Parts,
+    saves: bool,
     x: Tensor,
     parameters: Sequence[Tensor],
     group_offsets: Tensor,
     cu_seqlens: Tensor,
-    max_seqlen: int,
-    heads: int,
-    pre_norm: bool,
-    eps: float,
-    equal_lengths: bool,
-) -> Tensor:
-    """As the reference, and no gradient is asked for."""
-    how = max_seqlen, heads, pre_norm, eps, equal_lengths
-    compute = partial(composed, parts, save_lse, x, parameters, group_offsets, cu_seqlens, *how)
-    inputs = x, *parameters, group_offsets, cu_seqlens
-    if not _repeatable(inputs):
+    *how: Any,
+) -> tuple[Tensor, ...]:
+    """As the reference."""
+    compute = partial(reference.forward, parts, saves, x, parameters, group_offsets, cu_seqlens, *how)
+    return _repeated(compute, "forward", (saves, *how), x, parameters, group_offsets, cu_seqlens)
+
+
+def backward(
+    parts: reference.Parts,
+    needs: Sequence[bool],
+    grad: Tensor,
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    group_offsets: Tensor,
+    cu_seqlens: Tensor,
+    saved: Sequence[Tensor],
+    *how: Any,
+) -> tuple[Tensor, ...]:
+    """As the reference."""
+    compute = partial(reference.backward, parts, needs, grad, x, parameters, group_offsets, cu_seqlens, saved, *how)
+    return _repeated(compute, "backward", (needs, *how), x, parameters, group_offsets, cu_seqlens, grad, *saved)
+
+
+def _repeated(
+    compute: Callable[[], tuple[Tensor, ...]],
+    direction: str,
+    about: tuple[Any, ...],
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    group_offsets: Tensor,
+    cu_seqlens: Tensor,
+    *more: Tensor,
+) -> tuple[Tensor, ...]:
+    """What `compute` gives, from its inputs' addresses where the launches it makes are known.
+
+    about: what they depend on besides the inputs, whose sizes follow from those of `x`, `parameters` and `cu_seqlens`.
+    """
+    inputs = x, *parameters, group_offsets, cu_seqlens, *more
+    if x.nbytes > MOST_BYTES or not _repeatable(inputs):
         return compute()
     device = x.get_device()
     addresses = [tensor.data_ptr() for tensor in inputs]
     sizes = x.shape, parameters[8].shape, cu_seqlens.shape
     types = x.dtype, group_offsets.dtype, cu_seqlens.dtype
-    key = device, *how, *sizes, *types, *[address % 16 == 0 for address in addresses]
+    key = direction, device, *about, *sizes, *types, *[address % 16 == 0 for address in addresses]
     repeat = _kept.get(key, _NEW)
     if repeat is None:
         return compute()
@@ -56,13 +86,11 @@ def forward(
         return repeat(device, addresses, x)
     if len(_kept) >= MOST_KEPT:
         _kept.clear()
-    head_dim = x.shape[1] // heads
-    attends = attention.fastest("forward", x, head_dim, max_seqlen, equal_lengths) == attention.KERNEL
-    if not attends or head_dim > MOST_COLUMNS:  # others than our kernels are at work
+    if not _attends(direction, x, *about[1:]):
         _kept[key] = None
         return compute()
-    out, _kept[key] = noted(inputs, compute)
-    return out
+    results, _kept[key] = noted(inputs, compute)
+    return results
 
 
 def _repeatable(inputs: Sequence[Tensor]) -> bool:
@@ -77,3 +105,12 @@ def _repeatable(inputs: Sequence[Tensor]) -> bool:
         and all([tensor.is_contiguous() for tensor in inputs])
         and not hooked()
     )
+
+
+def _attends(
+    direction: str, x: Tensor, max_seqlen: int, heads: int, pre_norm: bool, eps: float, equal_lengths: bool
+) -> bool:
+    """Whether attention is computed by our own kernel, and not by what launches kernels of its own."""
+    head_dim = x.shape[1] // heads
+    fastest = attention.fastest(direction, x, head_dim, max_seqlen, equal_lengths)
+    return fastest == attention.KERNEL and head_dim <= MOST_COLUMNS

@@ -194,7 +194,7 @@ def backward(
     need_parameters: bool,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The reference's gradients; `residual` [R, D] is added to that of x."""
+    """The reference's gradients."""
     check_dtypes("grouped_layer_norm", grad, x, weight, bias)
     grad, x, weight, bias, residual = contiguous(grad, x, weight, bias, residual)
     (rows, d), experts = x.shape, weight.shape[0]

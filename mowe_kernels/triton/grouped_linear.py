@@ -107,9 +107,11 @@ def backward(
     need_weight: bool,
     need_bias: bool,
     need_scale: bool,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The reference's gradients."""
     check_dtypes("grouped_linear", grad, x, weight)
-    grad, x, weight, row_scale = contiguous(grad, x, weight, row_scale)
+    grad, x, weight, row_scale, residual = contiguous(grad, x, weight, row_scale, residual)
     nothing = x.new_empty(0)
     need_product = need_x or need_weight or need_bias
     grad_scale = torch.empty_like(row_scale) if need_scale else nothing
@@ -122,7 +124,7 @@ def backward(
         return nothing, nothing, nothing, grad_scale
     grad_x = torch.empty_like(x) if need_x else nothing
     if need_x:
-        gemm(g, weight, group_offsets, grad_x, transposed=True)
+        gemm(g, weight, group_offsets, grad_x, transposed=True, residual=residual)
     return grad_x, *wgrad(g, x, weight, group_offsets, need_weight, need_bias), grad_scale
 
 

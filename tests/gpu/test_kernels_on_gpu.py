@@ -166,23 +166,30 @@ def test_peak_memory(op, floats):
 
 
 @pytest.mark.parametrize("pre_norm", [True, False], ids=["before", "after"])
-def test_a_repeated_layer_gives_what_its_parts_do(pre_norm):
-    """The layers of a batch after the first are launched by addresses alone."""
+def test_a_repeated_layer_gives_what_its_parts_do(monkeypatch, pre_norm):
+    """The layers of a batch after the first are launched by addresses alone, forward and backward."""
     rows, d, hidden, encoders = bounds(zeros(0, 1)), 384, 1536, 2
-    narrow, shapes = (encoders, d), [(encoders, 3 * d, d), (encoders, 3 * d), (encoders, d, d)]
-    shapes = [narrow, narrow, *shapes, narrow, narrow, narrow]
+    narrow, attention = (encoders, d), [(encoders, 3 * d, d), (encoders, 3 * d), (encoders, d, d)]
+    shapes = [narrow, narrow, *attention, narrow, narrow, narrow]
     shapes += [(encoders, hidden, d), (encoders, hidden), (encoders, d, hidden), narrow]
+
+    def results(x: Tensor, parameters: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
+        with use_backend("triton"):
+            layer = partial(mk.encoder_layer, group_offsets=rows, cu_seqlens=rows.clone(), max_seqlen=LAST, heads=6)
+            out = layer(x, mk.LayerParameters(*parameters), pre_norm=pre_norm)
+            grads = torch.autograd.grad(out, [x, *parameters], grad)
+            with torch.no_grad():
+                return out, *grads, layer(x, mk.LayerParameters(*parameters), pre_norm=pre_norm)
+
     encoder_layer._kept.clear()
     for _ in range(3):
-        x, parameters = random(LAST, d), mk.LayerParameters(*(random(*shape) for shape in shapes))
-        followed = parameters._replace(out_bias=parameters.out_bias.clone().requires_grad_())  # so that parts are run
-        with use_backend("triton"):
-            out, parts = (
-                mk.encoder_layer(x, given, rows, rows.clone(), LAST, heads=6, pre_norm=pre_norm)
-                for given in (parameters, followed)
-            )
-        assert torch.equal(out, parts)
-    assert [repeat is not None for repeat in encoder_layer._kept.values()] == [True]
+        x, grad, *parameters = (random(*shape).requires_grad_() for shape in ((LAST, d), (LAST, d), *shapes))
+        repeated = results(x, parameters, grad.detach())
+        with monkeypatch.context() as patch:
+            patch.setattr(encoder_layer, "MOST_BYTES", 0)
+            by_parts = results(x, parameters, grad.detach())
+        assert all(map(torch.equal, repeated, by_parts))
+    assert len(encoder_layer._kept) == 3 and all(encoder_layer._kept.values())
 
 
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")

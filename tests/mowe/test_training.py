@@ -173,7 +173,7 @@ def test_checkpointed_activations_give_the_same_gradients(settings: dict[str, An
     assert checkpointed.is_gradient_checkpointing
     runs: dict[str, int] = {}
     for name, module in checkpointed.named_modules():
-        if name in ("model.audio_tower.layers.0.attention_norm", "model.language_model.model.layers.0.mlp"):
+        if name in ("model.audio_tower.layers.0", "model.language_model.model.layers.0.mlp"):
             module.register_forward_pre_hook(lambda *_, name=name: runs.update({name: runs.get(name, 0) + 1}))
     gradients = []
     for model in (plain, checkpointed):

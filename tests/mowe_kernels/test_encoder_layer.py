@@ -74,6 +74,26 @@ def test_one_graph_of_torch_compile():
     torch.testing.assert_close(compiled(**inputs), op(sizes, True)(**inputs))
 
 
+def test_no_second_derivative_instead_of_a_wrong_one():
+    inputs = {name: value.requires_grad_() for name, value in make_inputs((4, 3), 0).items()}
+    (grad,) = torch.autograd.grad(op((4, 3), True)(**inputs).sum(), inputs["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="_backward"):
+        grad.square().sum().backward()
+
+
+def test_keys_may_have_no_bias():
+    """Their part of the gradient is zero, under torch.compile too."""
+    at, inputs = offsets((4, 3)), make_inputs((4, 3), 0)
+    bias = inputs["qkv_bias"].requires_grad_()
+
+    def layer(x: Tensor, **given: Tensor) -> Tensor:
+        return encoder_layer(x, LayerParameters(**given), at, at, 4, heads=HEADS, key_bias=False)
+
+    for call in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        (grad,) = torch.autograd.grad(call(**inputs).square().sum(), bias)
+        assert [part.count_nonzero() > 0 for part in grad.chunk(3, dim=1)] == [True, False, True]
+
+
 @pytest.mark.parametrize(
     ("change", "parts"),
     [

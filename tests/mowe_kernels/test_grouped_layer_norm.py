@@ -87,7 +87,7 @@ def test_registration(strided, activation):
 @pytest.mark.parametrize("needs", [(True, True), (False, True), (True, False)])
 def test_registration_of_the_backward(needs):
     sizes = (2, 0, 3)
-    args = (normal(5, 5), *make_inputs(sizes, 0).values(), offsets(sizes), EPS, "gelu", *needs)
+    args = (normal(5, 5), *make_inputs(sizes, 0).values(), offsets(sizes), EPS, "gelu", *needs, normal(5, 5))
     opcheck(torch.ops.mowe.grouped_layer_norm_backward.default, args)
 
 

@@ -117,7 +117,7 @@ def test_registration(strided, epilogue, save_pre):
 def test_registration_of_the_backward(needs):
     sizes = (2, 0, 3)
     x, weight, _, residual, row_scale = make_inputs(sizes, 0, EPILOGUES["all"]).values()
-    args = (residual, x, weight, offsets(sizes), row_scale, normal(5, 3), "gelu", *needs)
+    args = (residual, x, weight, offsets(sizes), row_scale, normal(5, 3), "gelu", *needs, normal(*x.shape))
     opcheck(torch.ops.mowe.grouped_linear_backward.default, args)
 
 

@@ -1,25 +1,58 @@
-"""What a layer launches again is what it would have launched part by part."""
+"""A layer by the kernels of its parts; and what is launched again is what would have been launched part by part."""
 
 from __future__ import annotations
 
+import pytest
 import torch
+from torch import Tensor
 
+from mowe_kernels import LayerParameters, encoder_layer
+from mowe_kernels.triton._launch import override
 from mowe_kernels.triton._repeat import noted
+from mowe_kernels.triton.grouped_linear import Tile
+from mowe_kernels.triton.varlen_attention import Settings
+from tests.mowe_kernels.checks import GROUPS, normal, offsets, rows_with_tail, table
+from tests.mowe_kernels.triton.accuracy import DEVICE, assert_as_accurate_as_torch
 from tests.mowe_kernels.triton.no_gpu import printed_by
+
+D, HIDDEN, HEADS = 24, 40, 2
+SMALL = {
+    "gemm_tile": Tile(16, 32, 32, 4, 2), "wgrad_tile": Tile(32, 32, 16, 4, 2), "wgrad_chunk": 6,
+    "layer_norm_block": 128, "layer_norm_chunk": 6, "mlp_block": None,
+    **{f"attention_{kernel}": Settings(16, 16, 4, 1) for kernel in ("forward", "queries", "keys")},
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("pre_norm", [True, False], ids=["before", "after"])
+@table(GROUPS, "sizes")
+def test_is_as_accurate_as_torch(sizes, pre_norm):
+    e, at = len(sizes), offsets(sizes).to(DEVICE)
+    narrow = e, D
+    shapes = narrow, narrow, (e, 3 * D, D), (e, 3 * D), (e, D, D), narrow
+    shapes += narrow, narrow, (e, HIDDEN, D), (e, HIDDEN), (e, D, HIDDEN), narrow
+    parameters = LayerParameters(*(normal(*shape) / shape[-1] ** 0.5 for shape in shapes))
+    inputs = {"x": rows_with_tail(sum(sizes), 3, D), **parameters._asdict()}
+
+    def layer(x: Tensor, **given: Tensor) -> Tensor:
+        return encoder_layer(x, LayerParameters(**given), at, at, max(sizes), heads=HEADS, pre_norm=pre_norm)
+
+    with override(**SMALL):
+        assert_as_accurate_as_torch(layer, inputs, sum(sizes), torch.float32)
+
 
 SCRIPT = """
 import itertools
 import torch
-from mowe_kernels import LayerParameters
-from mowe_kernels.ops.encoder_layer import _STRAIGHT
-from mowe_kernels.triton import _launch, encoder_layer as module
-from mowe_kernels import use_backend
-from mowe_kernels.reference.encoder_layer import forward as composed
+from mowe_kernels import LayerParameters, use_backend
+from mowe_kernels.ops.encoder_layer import BACKWARD, FORWARD
+from mowe_kernels.reference import encoder_layer as parts
+from mowe_kernels.triton import _launch, encoder_layer as repeated
 from mowe_kernels.triton.grouped_mlp import Block
 
 _launch.Launch.__call__ = lambda self, programs, *args: self._start(-1, programs, args)
-module._repeatable = lambda inputs: True
-module.attention.fastest = lambda *args: "kernel"
+repeated._repeatable = lambda inputs: True
+repeated.attention.fastest = lambda *args: "kernel"
 D, F, E = 64, 128, 2
 
 def layer(shift):
@@ -29,38 +62,42 @@ def layer(shift):
     flat = torch.zeros(sum(sizes) + 8, dtype=torch.bfloat16)[shift:].split([*sizes, 8 - shift])
     return LayerParameters(*(part.view(shape) for part, shape in zip(flat, shapes)))
 
-def rows(count):
-    offsets = torch.tensor([0, count // 2, count], dtype=torch.int32)
-    return torch.zeros(count, D, dtype=torch.bfloat16), offsets
-
-def named(inputs, out):
-    # addresses as places: those of the inputs and of the result, the others in the order in which they are met
-    names = {tensor.data_ptr(): place for place, tensor in enumerate((*inputs, out))}
+def named(inputs, results):
+    # addresses as places: those of inputs and results, the others in the order in which they are met
+    names = {tensor.data_ptr(): place for place, tensor in enumerate((*inputs, *results))}
     def name(value):
         address = value.data_ptr() if isinstance(value, torch.Tensor) else value
         return names.setdefault(address, len(names)) if isinstance(address, int) and address > 2**20 else address
     found = [(hash, programs, *map(name, values)) for hash, programs, values in started]
     started.clear()
-    return found
+    return found, [(result.shape, result.dtype) for result in results]
 
-def run(forward, x, parameters, offsets, pre_norm):
+def run(module, parameters, count, how, needs):
+    x, offsets = torch.zeros(count, D, dtype=torch.bfloat16), torch.tensor([0, count // 2, count], dtype=torch.int32)
+    given = x, parameters, offsets.clone(), offsets
+    inputs = x, *parameters, *given[2:]
     with _launch.noting():  # which keeps temporaries, so that no two have one address
-        groups = offsets.clone()
-        out = forward(_STRAIGHT, False, x, parameters, groups, offsets, 40, 2, pre_norm, 1e-5, False)
-        return named((x, *parameters, groups, offsets), out)
+        plain = named(inputs, module.forward(FORWARD, False, *given, *how))
+        results = module.forward(FORWARD, True, *given, *how)
+        forward, saved = named(inputs, results), results[1:]
+        grad = torch.zeros_like(x)
+        results = module.backward(BACKWARD, needs, grad, *given, saved, *how)
+        return plain, forward, named((*inputs, grad, *saved), results)
 
 first, second, shifted = layer(0), layer(0), layer(1)
 tries = (first, 40), (first, 40), (second, 40), (second, 44), (shifted, 40), (first, 40), (shifted, 40)
+all_needed, some_needed = (True,) * 13, (False, *(True,) * 4, *(False,) * 8)
 for pre_norm, block in itertools.product((True, False), (None, Block(64, 32, 64, 4, 2))):
+    needs = some_needed if block is None else all_needed
     with use_backend("triton"), _launch.assume(_launch.ARCHITECTURES[90]), _launch.override(mlp_block=block):
-        run(composed, *rows(40)[:1], first, rows(40)[1], pre_norm)  # compiles
+        how = 40, 2, pre_norm, 1e-5, False
+        run(parts, first, 40, how, needs)  # compiles
         for parameters, count in tries:
-            x, offsets = rows(count)
-            expected = run(composed, x, parameters, offsets, pre_norm)
-            assert len(expected) == (7 if block is None else 5 if pre_norm else 6)
-            assert run(module.forward, x, parameters, offsets, pre_norm) == expected
-        # by sizes and alignments, not by layers
-        assert len(module._kept) == 3 and all(module._kept.values())
+            expected = run(parts, parameters, count, how, needs)
+            assert len(expected[0][0]) == (7 if block is None else 5 if pre_norm else 6)
+            assert run(repeated, parameters, count, how, needs) == expected
+        # by direction, sizes and alignments, not by layers
+        assert len(repeated._kept) == 9 and all(repeated._kept.values())
 print("the same")
 """
 
@@ -71,6 +108,6 @@ def test_a_repeated_layer_launches_what_its_parts_do():
 
 def test_what_cannot_be_repeated_is_not():
     x, y, z = torch.zeros(3), torch.zeros(3), torch.zeros(3)
-    assert noted((x, y), lambda: z)[1] is not None
-    assert noted((x, x), lambda: z)[1] is None
-    assert noted((x, y), lambda: x)[1] is None
+    assert noted((x, y), lambda: (z,))[1] is not None
+    assert noted((x, x), lambda: (z,))[1] is None
+    assert noted((x, y), lambda: (x,))[1] is None
