@@ -47,7 +47,7 @@ class DifferentiableOp(Op):
     """An op with a gradient.
 
     setup_context and backward are those of torch.autograd.Function; backward calls another `Op`, so that
-    it too is one node of a compiled graph. Ops that take lists of tensors always go through torch.library,
+    it too is one node of a compiled graph. Ops that take lists of tensors get their gradient through torch.library,
     which alone can see into lists.
     """
 
@@ -74,10 +74,11 @@ class DifferentiableOp(Op):
         self._function = type(name, (torch.autograd.Function,), members)
 
     def __call__(self, *args: Any) -> Any:
-        if self._takes_lists or traced(*args):
+        seen = [a for arg in args for a in (arg if isinstance(arg, list) else (arg,))] if self._takes_lists else args
+        if traced(*seen):
             return self.op(*args)
-        if needs_grad(*args):
-            return self._function.apply(*args)
+        if needs_grad(*seen):
+            return self.op(*args) if self._takes_lists else self._function.apply(*args)
         return self.compute(*args)
 
 
