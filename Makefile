@@ -21,6 +21,7 @@ test: .venv/.installed-test
 
 lint: .venv/.installed-test
 	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
 # The floors of the speed-ups: ratios to baselines of the same run.

@@ -17,10 +17,21 @@ CLIPS = Path("mowe/assets/clips")
 
 # name: (espeak-ng voice, words a minute, language, description, text)
 SPEECH = {
-    "english_us": ("en-us+m3", 165, "en", "American English, man", "The mixture picks a few small encoders for every "
-                   "clip it hears, and the large one listens to them all. Which ones would you have picked?"),
-    "english_gb": ("en-gb-x-rp+f1", 155, "en", "British English, woman", "The next train to the coast leaves from "
-                   "platform four."),
+    "english_us": (
+        "en-us+m3",
+        165,
+        "en",
+        "American English, man",
+        "The mixture picks a few small encoders for every "
+        "clip it hears, and the large one listens to them all. Which ones would you have picked?",
+    ),
+    "english_gb": (
+        "en-gb-x-rp+f1",
+        155,
+        "en",
+        "British English, woman",
+        "The next train to the coast leaves from platform four.",
+    ),
     "german": ("de+m7", 160, "de", "German, man", "Heute scheint die Sonne, aber am Abend soll es regnen."),
     "french": ("fr-fr+f4", 160, "fr", "French, woman", "Je voudrais deux cafés et un verre d'eau, s'il vous plaît."),
     "spanish": ("es+m1", 170, "es", "Spanish, man", "¿Dónde está la biblioteca más cercana?"),

@@ -92,10 +92,8 @@ def backward(
         of_mlp = *of_mlp_norm, *of_feed_forward
         grad, *of_norm = through_norm(grad, y, attention_norm, need[:2])
     of_attended, *of_out = through_linear(grad, attended.view(rows, d), out_weight, need[4:6])
-    of_attended = of_attended.view(rows, heads, d // heads)
-    of_qkv = attend(
-        of_attended, qkv, attended, lse, cu_seqlens, max_seqlen, (d // heads) ** -0.5, equal_lengths
-    ).view(rows, 3 * d)
+    of_attended, scale = of_attended.view(rows, heads, d // heads), (d // heads) ** -0.5
+    of_qkv = attend(of_attended, qkv, attended, lse, cu_seqlens, max_seqlen, scale, equal_lengths).view(rows, 3 * d)
     if pre_norm:
         of_h, *of_qkv_layer = through_linear(of_qkv, h, qkv_weight, need[2:4])
         grad, *of_norm = through_norm(of_h, x, attention_norm, need[:2], need_x, grad)

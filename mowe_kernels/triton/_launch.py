@@ -247,9 +247,7 @@ class Launch:
             noted.append((known, programs, args))
 
     def _by_triton(self, programs: int, args: tuple) -> Any:
-        return self.kernel[(programs,)](
-            *args, num_warps=self.num_warps, num_stages=self.num_stages, **self.constexprs
-        )
+        return self.kernel[(programs,)](*args, num_warps=self.num_warps, num_stages=self.num_stages, **self.constexprs)
 
 
 def start(known: Started, programs: int, stream: int, values: Iterable[Any]) -> None:
