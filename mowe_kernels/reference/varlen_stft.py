@@ -1,0 +1,34 @@
+"""Plain torch `varlen_stft`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def forward(
+    samples: Tensor,
+    window: Tensor,
+    cu_samples: Tensor,
+    cu_frames: Tensor,
+    num_frames: int,
+    hop: int,
+    padded_to: int,
+) -> Tensor:
+    n, last = window.shape[0], samples.shape[0] - 1
+    frame = torch.arange(num_frames, dtype=torch.int32, device=samples.device)
+    clip = torch.bucketize(frame, cu_frames[1:], out_int32=True, right=True)
+    # Every frame as if it saw its clip alone: whole windows are copied, where an index for every sample would cost
+    # several times what the transform does. Those at the ends, few for each clip, are then replaced.
+    first = torch.add(torch.sub(cu_samples, cu_frames, alpha=hop)[clip], frame, alpha=hop).sub_(n // 2)
+    frames = samples.unfold(0, n, 1).index_select(0, first.clamp_(0, last + 1 - n))
+    starts, lengths = cu_samples[:-1, None], cu_samples.diff()[:, None]
+    ends = torch.arange(-n // hop, -(-(n // 2) // hop), dtype=torch.int32, device=samples.device)
+    ends = ends.remainder(cu_frames.diff()[:, None])  # counted from the end; few frames are there twice
+    position = (ends * hop)[:, :, None] + torch.arange(-(n // 2), n // 2, dtype=torch.int32, device=samples.device)
+    turn = lengths.clamp(min=padded_to)[:, None] - 1
+    position = turn - (position.abs_() - turn).abs_()
+    values = samples[(position + starts[:, None]).clamp_(0, last)]
+    values.masked_fill_(position >= lengths[:, None], 0.0)  # the padding, which may be mirrored too
+    frames[cu_frames[:-1, None] + ends] = values
+    return torch.fft.rfft(frames.mul_(window))
