@@ -61,7 +61,8 @@ def log_mel_kernel(
         there = (b_k < K - k)[:, None] & (b_n < N)[None, :]
         b_filters = tl.load(p_filters + (k + b_k)[:, None] * N + b_n[None, :], mask=there, other=0.0)
         acc = add_product(acc, b_power, b_filters)
-    b_log = 0.4342944819032518 * tl.log(tl.maximum(acc, 1e-10, propagate_nan=tl.PropagateNan.ALL))
+    b_log = tl.log(tl.maximum(acc, 1e-10, propagate_nan=tl.PropagateNan.ALL))
+    b_log = tl.fma(b_log, 0.4342944920063019, b_log * -1.0103050118726e-08)  # log10(e) in two parts, for its rounding
     there = (b_m < frames)[:, None] & (b_n < N)[None, :]
     p_rows += (tl.load(p_cu_rows + clip) + first).to(tl.int64) * N
     tl.store(p_rows + b_m[:, None] * N + b_n[None, :], b_log, mask=there)
