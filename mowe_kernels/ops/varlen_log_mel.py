@@ -20,9 +20,7 @@ _op = Op(
 )
 
 
-def varlen_log_mel(
-    spectrum: Tensor, filters: Tensor, *, cu_frames: Tensor, cu_rows: Tensor, num_rows: int
-) -> Tensor:
+def varlen_log_mel(spectrum: Tensor, filters: Tensor, *, cu_frames: Tensor, cu_rows: Tensor, num_rows: int) -> Tensor:
     """(max(x, peak - 8) + 4) / 4, x = log10(max(|spectrum|^2 @ filters, 1e-10)), peak the largest x of the clip.
 
     A clip's first rows are its frames, the rest of its rows are silence: x = -10.

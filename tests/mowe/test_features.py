@@ -10,6 +10,7 @@ from mowe import features
 from mowe.audio import MIN_SAMPLES, WINDOW_SAMPLES, AudioBatch
 from mowe.errors import AudioError, ConfigError
 from mowe.features import Spectrogram, normalize_waves
+from mowe_kernels import use_backend
 
 LENGTHS = [400, 401, 479, 480, 560, 7_321, 16_000, 117_920, 3_999]
 # Where the end of the 30 s window meets the end of the clip: the mirror there holds the clip, its padding, or both.
@@ -60,6 +61,14 @@ def test_window_where_the_clip_ends_near_30_s(length):
     wave = speechlike(length)
     wave[-150:] += 0.5  # an end that shows
     assert_whisper([wave], "window", 80)
+
+
+@pytest.mark.parametrize(
+    ("context", "lengths"), [("valid", LENGTHS[:6]), ("window", [400, 7_321, 479_641, 479_970])]
+)
+def test_the_kernels_make_the_same_rows(context, lengths):
+    with use_backend("triton"):
+        assert_whisper([speechlike(length, seed) for seed, length in enumerate(lengths)], context, 80)
 
 
 def test_valid_beyond_30_s():
