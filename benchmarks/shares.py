@@ -23,7 +23,7 @@ _KINDS = (
     ("attention", ("scaled_dot_product",)),
     ("norms", ("_norm",)),
     ("activations", ("gelu",)),
-    ("spectrograms", ("_fft", "log10", "aten::stft")),
+    ("spectrograms", ("_fft", "log10")),
 )
 OTHER, PYTHON = "copies and the rest of torch", "Python, and the profiler itself"
 REST = "the rest"

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from mowe.audio import SAMPLING_RATE, WINDOW_SAMPLES, AudioBatch, offsets
 from mowe.errors import AudioError, ConfigError
+from mowe_kernels import varlen_log_mel, varlen_stft
 from mowe_kernels.plan import device_lengths
 
 N_FFT = 400
 HOP = 160
-_EDGE = N_FFT // 2  # samples mirrored at either end of a clip
 _WINDOW_FRAMES = WINDOW_SAMPLES // HOP
 _BLOCK = 1_600  # samples that the statistics of a clip sum at once
 
@@ -41,32 +41,30 @@ class Spectrogram:
     def __init__(self, audio: AudioBatch, context: Literal["valid", "window"]):
         self.num_frames = num_frames(audio.lengths, context)
         if context == "valid":
-            touched, self._ends = self.num_frames, audio.lengths
+            touched = self.num_frames
         elif context == "window":
             for index, length in enumerate(audio.lengths):
                 if length > WINDOW_SAMPLES:
                     raise AudioError(f"clip {index}: expected at most 30 s in one window, got {length} samples")
-            touched = tuple(min(-(-(length + _EDGE) // HOP), _WINDOW_FRAMES) for length in audio.lengths)
-            self._ends = (WINDOW_SAMPLES,) * len(audio.lengths)
+            touched = tuple(min(-(-(length + N_FFT // 2) // HOP), _WINDOW_FRAMES) for length in audio.lengths)
         else:
             raise ConfigError(f'context: expected "valid" or "window", got {context!r}')
         self.audio = audio
-        # An analysis window spans two and a half hops, so a clip takes two whole hops more than it has frames.
-        self._hops = tuple(count + 2 for count in touched)
-        self._most_touched = max(touched)
-        table = (offsets(self.num_frames), self.num_frames, offsets(self._hops), touched)
-        self.starts, self._counts, self._hop_starts, self._touched = device_lengths(table, audio.samples.device)
+        self._padded_to = WINDOW_SAMPLES if context == "window" else 0
+        self._num_touched = sum(touched)
+        table = [[*offsets(sizes), sum(sizes)] for sizes in (audio.lengths, touched, self.num_frames)]
+        self._cu_samples, self._cu_touched, self._cu_frames = device_lengths(table, audio.samples.device)
+        self.starts = self._cu_frames[:-1]
 
     @cached_property
-    def power(self) -> Tensor:
-        """[hops + 1, 201] float32: the power spectrum at every hop of the clips laid end to end, then that of silence.
-
-        Windows at the last two hops of a clip reach into the next one; `log_mel` leaves them out.
-        """
-        flat = self._mirrored()
-        window = _hann_window(flat.device)
-        spectrum = torch.stft(flat, N_FFT, HOP, window=window, center=False, return_complex=True).T
-        return torch.addcmul(spectrum.real.square(), spectrum.imag, spectrum.imag)
+    @torch.no_grad()
+    def spectrum(self) -> Tensor:
+        """[frames, 201] complex64: of the frames that touch their clip, packed by clip."""
+        samples = self.audio.samples
+        return varlen_stft(
+            samples, _hann_window(samples.device), cu_samples=self._cu_samples, cu_frames=self._cu_touched,
+            num_frames=self._num_touched, hop=HOP, padded_to=self._padded_to,
+        )  # fmt: skip
 
     @torch.no_grad()
     def log_mel(self, num_mel_bins: int) -> Tensor:
@@ -75,45 +73,13 @@ class Spectrogram:
         "valid": what `transformers.WhisperFeatureExtractor(feature_size=num_mel_bins)` gives for the clip alone,
         unpadded; "window": what it gives by default, the clip padded to 30 s.
         """
-        with torch.autocast(self.power.device.type, enabled=False):
-            log_mel = (self.power @ _mel_filters(num_mel_bins, self.power.device)).clamp_(min=1e-10).log10_()
-        peaks = _by_clip(log_mel.amax(1), self._hop_starts, self._touched, self._most_touched, float("-inf")).amax(1)
-        clip, hop = self._rows
-        rows = log_mel.index_select(0, hop)
-        return rows.clamp_(min=(peaks - 8.0)[clip, None]).add_(4.0).div_(4.0)
-
-    @cached_property
-    def _rows(self) -> tuple[Tensor, Tensor]:
-        """The clip and the hop of every row; a row in the padding takes the last hop, which is silent."""
-        clip = _owners(self._counts, sum(self.num_frames))
-        frame = torch.arange(len(clip), dtype=torch.int32, device=clip.device) - self.starts[clip]
-        return clip, torch.where(frame < self._touched[clip], self._hop_starts[clip] + frame, sum(self._hops))
-
-    def _mirrored(self) -> Tensor:
-        """[160 * (hops + 3)]: the clips with both ends mirrored, each in its hops, then silence for one more window.
-
-        Joined from views, and only the mirrored samples are gathered: an index for every sample would cost several
-        times what the transform does.
-        """
-        samples, device = self.audio.samples, self.audio.samples.device
-        lengths, ends = device_lengths((self.audio.lengths, self._ends), device)[:, :, None]
-        before = torch.arange(_EDGE, 0, -1, dtype=torch.int32, device=device).expand(len(lengths), -1)
-        after = ends - 2 - torch.arange(2 * HOP - _EDGE, dtype=torch.int32, device=device)
-        position = torch.cat((before, after), dim=1)
-        mirrored = samples[self.audio.starts[:, None] + torch.minimum(position, lengths - 1)]
-        mirrored = torch.where(position < lengths, mirrored, 0.0)  # the end of a window may lie in its padding
-        silence = samples.new_zeros(3 * HOP)
-        pieces: list[Tensor] = []
-        starts, stops = (part.unbind() for part in mirrored.split((_EDGE, 2 * HOP - _EDGE), dim=1))
-        waves = samples.split(self.audio.lengths)
-        for start, wave, stop, hops, end in zip(starts, waves, stops, self._hops, self._ends, strict=True):
-            room = hops * HOP - _EDGE
-            pieces += start, wave if len(wave) <= room else wave[:room]  # a view less is a clip's time on the host
-            if len(wave) < (inside := min(room, end)):
-                pieces.append(silence[: inside - len(wave)])
-            if end < room:
-                pieces.append(stop[: room - end])
-        return torch.cat((*pieces, silence))
+        device = self.audio.samples.device
+        filters = _mel_filters(num_mel_bins, device)
+        with torch.autocast(device.type, enabled=False):
+            return varlen_log_mel(
+                self.spectrum, filters, cu_frames=self._cu_touched, cu_rows=self._cu_frames,
+                num_rows=sum(self.num_frames),
+            )  # fmt: skip
 
 
 def num_frames(lengths: Sequence[int], context: str) -> tuple[int, ...]:

@@ -15,6 +15,8 @@ from mowe_kernels.ops.route_topk import route_topk
 from mowe_kernels.ops.sequence_mean import sequence_mean
 from mowe_kernels.ops.sequence_norm import sequence_norm
 from mowe_kernels.ops.varlen_attention import varlen_attention
+from mowe_kernels.ops.varlen_log_mel import varlen_log_mel
+from mowe_kernels.ops.varlen_stft import varlen_stft
 from mowe_kernels.plan import FamilyPlan, Level, PackLayout, PackPlan
 
 __all__ = [
@@ -42,4 +44,6 @@ __all__ = [
     "sequence_norm",
     "use_backend",
     "varlen_attention",
+    "varlen_log_mel",
+    "varlen_stft",
 ]

@@ -1,10 +1,11 @@
-"""Walking over packed rows on the host, for the plain torch ops."""
+"""Walking over packed rows, for the plain torch ops: on the host, but for what says otherwise."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from mowe_kernels.dtypes import accumulation_dtype
@@ -33,6 +34,12 @@ def chunks(group_offsets: Tensor) -> Iterator[tuple[int, slice]]:
     for group, rows in groups(group_offsets):
         for block in blocks(rows):
             yield group, block
+
+
+def numbered(offsets: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """int32 [total] each, on the device: the rows 0, 1, ... and the sequence each of them belongs to."""
+    row = torch.arange(total, dtype=torch.int32, device=offsets.device)
+    return row, torch.bucketize(row, offsets[1:], out_int32=True, right=True)
 
 
 def at(tensor: Tensor | None, index: int | slice) -> Tensor | None:

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 import mowe_kernels as mk
+from mowe_kernels.dtypes import accumulation_dtype
 from mowe_kernels.tune.accuracy import Inputs
 
 TAIL = 5  # rows of nobody
+ANALYSIS, HOP = 400, 160  # samples of a clip that a frame sees, and from one frame to the next
 EVEN_FOR_FEW_ROWS = {"tma_products": 0}  # blocks fetched through descriptors
 
 
@@ -70,6 +72,8 @@ def cases(size: Size, device: torch.device) -> dict[str, list[Case]]:
         "sequence_norm": [made.sequence_norm()],
         "sequence_mean": [made.sequence_mean()],
         "mixture_project": [made.project(3, 2, 1), made.project(4, 4, 0)],
+        "varlen_stft": [made.stft(0), made.stft(max(size.rows) * HOP)],
+        "varlen_log_mel": [made.log_mel(0), made.log_mel(50)],
         "route_topk": [made.route()],
         "pack_plan": [made.plan()],
     }
@@ -193,6 +197,42 @@ class _Maker:
             return mk.mixture_project(rows=[rows], row_weights=[row_weights], **others, **layout)
 
         return Case(op, inputs, sum(frames), frozen=("weights",))
+
+    def stft(self, padded_to: int) -> Case:
+        """Clips of as many frames as each encoder has rows, which padding gives a few more."""
+        clips = [t * HOP + HOP // 2 for t in self.size.rows if t]
+        frames = [n // HOP if n >= padded_to else min(padded_to // HOP, n // HOP + 2) for n in clips]
+        layout = {
+            "cu_samples": self.int32([0, *accumulate(clips)]), "cu_frames": self.int32([0, *accumulate(frames)]),
+            "num_frames": sum(frames), "hop": HOP, "padded_to": padded_to,
+        }  # fmt: skip
+
+        def op(samples: Tensor) -> Tensor:
+            samples = samples.to(accumulation_dtype(samples.dtype))
+            window = torch.hann_window(ANALYSIS, dtype=samples.dtype, device=samples.device)
+            return torch.view_as_real(mk.varlen_stft(samples, window, **layout))
+
+        return Case(op, {"samples": self.normal(sum(clips))}, sum(frames), frozen=("samples",))
+
+    def log_mel(self, padding: int) -> Case:
+        """padding: rows of every clip after its frames."""
+        frames = [t for t in self.size.rows if t]
+        rows, k, n = [t + padding for t in frames], ANALYSIS // 2 + 1, self.size.channels
+        layout = {
+            "cu_frames": self.int32([0, *accumulate(frames)]), "cu_rows": self.int32([0, *accumulate(rows)]),
+            "num_rows": sum(rows),
+        }  # fmt: skip
+        # A peak's rounding is that of all it bounds. So that the error is not this one number's, it bounds one frame of
+        # each clip alone, and no padding: then clips are so faint that silence is above what it gives.
+        parts = self.normal(sum(frames), k, 2, scale=1e-3 if padding else 1.0)
+        parts[layout["cu_frames"][:-1].long()] *= 1e-6
+        inputs = {"parts": parts, "filters": self.normal(k, n).abs()}
+
+        def op(**inputs: Tensor) -> Tensor:
+            parts, filters = (x.to(accumulation_dtype(x.dtype)) for x in inputs.values())
+            return mk.varlen_log_mel(torch.view_as_complex(parts), filters, **layout)
+
+        return Case(op, inputs, sum(rows), frozen=("parts", "filters"))
 
     def route(self) -> Case:
         batch, e = 33, 8

@@ -6,9 +6,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 
+from mowe import features
 from mowe.audio import MIN_SAMPLES, WINDOW_SAMPLES, AudioBatch
 from mowe.errors import AudioError, ConfigError
 from mowe.features import Spectrogram, normalize_waves
+from mowe_kernels import use_backend
 
 LENGTHS = [400, 401, 479, 480, 560, 7_321, 16_000, 117_920, 3_999]
 # Where the end of the 30 s window meets the end of the clip: the mirror there holds the clip, its padding, or both.
@@ -61,6 +63,12 @@ def test_window_where_the_clip_ends_near_30_s(length):
     assert_whisper([wave], "window", 80)
 
 
+@pytest.mark.parametrize(("context", "lengths"), [("valid", LENGTHS[:6]), ("window", [400, 7_321, 479_641, 479_970])])
+def test_the_kernels_make_the_same_rows(context, lengths):
+    with use_backend("triton"):
+        assert_whisper([speechlike(length, seed) for seed, length in enumerate(lengths)], context, 80)
+
+
 def test_valid_beyond_30_s():
     assert_whisper([speechlike(WINDOW_SAMPLES + 12_345)], "valid", 80)
 
@@ -97,8 +105,8 @@ def test_two_runs_are_bitwise_equal():
 
 
 def test_one_transform_serves_every_bank(monkeypatch):
-    calls, stft = [], torch.stft
-    monkeypatch.setattr(torch, "stft", lambda *args, **kwargs: calls.append(args) or stft(*args, **kwargs))
+    calls, stft = [], features.varlen_stft
+    monkeypatch.setattr(features, "varlen_stft", lambda *args, **kwargs: calls.append(args) or stft(*args, **kwargs))
     spectra = Spectrogram(AudioBatch.from_waveforms([speechlike(5_000)]), "valid")
     assert not calls
     assert spectra.log_mel(80).shape == (31, 80)
@@ -109,7 +117,7 @@ def test_one_transform_serves_every_bank(monkeypatch):
 def test_padding_of_the_window_is_not_transformed():
     spectra = Spectrogram(AudioBatch.from_waveforms([speechlike(16_000)]), "window")
     assert spectra.log_mel(80).shape == (3000, 80)
-    assert len(spectra.power) < 16_000 // 160 + 10
+    assert len(spectra.spectrum) < 16_000 // 160 + 10
 
 
 @pytest.mark.parametrize(("context", "num_frames"), [("valid", (2, 100, 46)), ("window", (3000, 3000, 3000))])

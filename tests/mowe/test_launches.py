@@ -1,11 +1,13 @@
-"""How many kernels a layer launches: what the host is asked to do for it."""
+"""How many kernels a layer, and the features before the first one, launch: what the host is asked to do for them."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from mowe.audio import AudioBatch
 from mowe.families.stacked import StackedLayer
+from mowe.features import Spectrogram
 from mowe_kernels import Level, use_backend
 from mowe_kernels.triton import _launch
 
@@ -43,3 +45,12 @@ def rows() -> Level:
 def test_launches_of_a_layer(launches, width, pre_norm, count):
     layer(width, pre_norm)(torch.empty(8, width, dtype=torch.bfloat16), rows())
     assert len(launches) == count
+
+
+@pytest.mark.parametrize("context", ["valid", "window"])
+def test_launches_of_log_mel_features(launches, context):
+    """The frames of all clips, then filters and what needs the peak of a clip for every bank; the transform besides."""
+    spectra = Spectrogram(AudioBatch.from_waveforms([torch.zeros(400), torch.zeros(7_321)]), context)
+    for bins, count in ((80, 3), (128, 5)):
+        spectra.log_mel(bins)
+        assert len(launches) == count
