@@ -67,7 +67,7 @@ SUITES: dict[str, tuple[Comparison, ...]] = {
     ),
     "gpu": (
         _on_gpu("tiny8/speech/64", "per_clip", "padded_loop", "packed"),
-        _on_gpu("tiny8/speech/16", "naive", "mixture", mode="whole"),
+        _on_gpu("tiny8/speech/16", "naive", "mixture", "captured", mode="whole"),
         _on_gpu("tiny8/speech/64", "nf4_loop", "packed", "packed_nf4"),
         _on_gpu("tiny8/speech/16", "padded_loop_step", "packed_step", mode="step"),
         _on_gpu("tiny8/speech/16", "padded_mixture_step", "mixture_step", mode="frozen step"),

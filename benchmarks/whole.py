@@ -39,6 +39,27 @@ def mixture_of(workload: Workload, model: MoweModel) -> Run:
     return run
 
 
+def captured(workload: Workload, context: Context | None = None) -> Run:
+    """The mixture as a CUDA graph, for clips up to the longest of these; the base encoder before it as it is."""
+    context = context or workload.context
+    model, waveforms = _shared(workload, context), workload.waveforms()
+
+    def base() -> tuple[Tensor, tuple[int, ...]]:
+        found = model.encode_base(ClipFeatures(AudioBatch.from_waveforms(waveforms), context))
+        if context == "window":
+            return found.rows.view(len(waveforms), -1, found.rows.shape[1]), found.lengths
+        return nn.utils.rnn.pad_sequence(found.rows.split(found.lengths), batch_first=True), found.lengths
+
+    graph = model.mixture.capture(len(waveforms), max(map(len, waveforms)), base()[0].shape[1])
+
+    def run() -> Outputs:
+        rows, lengths = base()
+        out = graph(rows, waveforms, lengths)
+        return [[tokens] for tokens in out.tokens.split(out.lengths)]
+
+    return run
+
+
 def base_alone(workload: Workload, context: Context | None = None) -> Run:
     context = context or workload.context
     model, waveforms = _shared(workload, context), workload.waveforms()
@@ -112,6 +133,13 @@ def naive(workload: Workload) -> Run:
 WHOLE = {
     "naive": Provider(naive, "window", "transformers and torch, clip by clip, each padded to 30 s", "mixture"),
     "mixture": Provider(mixture, None, "base encoder and mixture, packed", "mixture"),
+    "captured": Provider(
+        captured,
+        None,
+        "base encoder packed, the mixture as a CUDA graph",
+        "mixture",
+        missing=lambda: None if torch.cuda.is_available() else "needs a CUDA GPU",
+    ),
     "base_alone": Provider(base_alone, None, "the base encoder alone, packed", None),
 }
 

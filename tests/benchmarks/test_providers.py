@@ -16,6 +16,7 @@ from benchmarks.shares import added, parts
 from benchmarks.suites import SUITES, compare_ops
 from benchmarks.whole import assembled
 from benchmarks.workloads import Workload
+from mowe import graphs
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,14 @@ def test_providers_agree(workload, providers):
     there = [name for name in providers if ALL[name].missing() is None]
     with torch.set_grad_enabled(ALL[providers[0]].learns):
         assert list(prepare(Workload.named(workload), there)) == there
+
+
+@pytest.mark.parametrize("workload", ["tiny4/1s/2", "tiny4/short/2"])
+def test_a_captured_mixture_agrees(monkeypatch, workload):
+    """On the CPU the captured function runs again instead of a CUDA graph."""
+    monkeypatch.setattr(graphs, "_capture", lambda run, device: run)
+    with torch.no_grad():
+        assert list(prepare(Workload.named(workload), ["mixture", "captured"])) == ["mixture", "captured"]
 
 
 def test_suites_name_providers_that_exist():
