@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from functools import partial
-from itertools import chain
+from itertools import accumulate, chain
 from math import prod
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from mowe_kernels import use_backend
 from mowe_kernels.triton import grouped_mlp
 from mowe_kernels.triton._launch import hardware, override
 from mowe_kernels.tune.accuracy import differentiate
-from mowe_kernels.tune.cases import cases
+from mowe_kernels.tune.cases import ANALYSIS, HOP, cases
 from tests.mowe_kernels.triton.accuracy import DEVICE
 from tests.mowe_kernels.triton.test_tune import TINY
 
@@ -141,6 +141,35 @@ def check_far(case: str, elements: int) -> None:
     for far, alone in zip(*results, strict=True):
         assert far.norm() > 0
         torch.testing.assert_close(far, alone, rtol=2 * torch.finfo(DTYPE).eps, atol=4 * torch.finfo(DTYPE).eps)
+
+
+@torch.no_grad()
+def test_clips_past_2_31_elements():
+    check_far_clip(PAST_2_31)
+
+
+def check_far_clip(elements: int) -> None:
+    """The log-mel rows of a clip after one whose frames have so many elements are what they are alone."""
+    lengths = elements // ANALYSIS * HOP, LAST * HOP
+    samples = torch.zeros(sum(lengths), device=DEVICE)
+    samples[-lengths[1] :] = torch.randn(lengths[1], device=DEVICE)
+    filters = torch.rand(ANALYSIS // 2 + 1, 80, device=DEVICE)
+    if DEVICE.type == "cuda" and torch.cuda.mem_get_info()[0] < 12 * samples.nbytes:
+        pytest.skip(f"{12 * samples.nbytes >> 30} GiB of device memory are needed")
+
+    def rows(samples: Tensor, *lengths: int) -> Tensor:
+        cu_samples = ints(*accumulate(lengths, initial=0))
+        cu_frames = cu_samples // HOP
+        layout = {"cu_samples": cu_samples, "cu_frames": cu_frames, "num_frames": len(samples) // HOP, "hop": HOP}
+        with use_backend("triton"):
+            spectrum = mk.varlen_stft(samples, torch.hann_window(ANALYSIS, device=DEVICE), **layout)
+            return mk.varlen_log_mel(
+                spectrum, filters, cu_frames=cu_frames, cu_rows=cu_frames, num_rows=len(spectrum)
+            )[-LAST:]  # fmt: skip
+
+    far, alone = rows(samples, *lengths), rows(samples[-lengths[1] :], lengths[1])
+    assert alone.std() > 0
+    torch.testing.assert_close(far, alone, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()

@@ -43,5 +43,9 @@ def test_rows_far_away(case):
     kernels.check_far(case, 3_000)
 
 
+def test_clips_far_away():
+    kernels.check_far_clip(40_000)
+
+
 def test_of_the_memory_checker():
     kernels.small_grid()
