@@ -63,9 +63,7 @@ def test_window_where_the_clip_ends_near_30_s(length):
     assert_whisper([wave], "window", 80)
 
 
-@pytest.mark.parametrize(
-    ("context", "lengths"), [("valid", LENGTHS[:6]), ("window", [400, 7_321, 479_641, 479_970])]
-)
+@pytest.mark.parametrize(("context", "lengths"), [("valid", LENGTHS[:6]), ("window", [400, 7_321, 479_641, 479_970])])
 def test_the_kernels_make_the_same_rows(context, lengths):
     with use_backend("triton"):
         assert_whisper([speechlike(length, seed) for seed, length in enumerate(lengths)], context, 80)
