@@ -6,6 +6,7 @@ A tile is a block of frames, or of rows, of one clip, numbered as `find_sequence
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,17 @@ from torch import Tensor
 
 from mowe_kernels.triton._compilation import Compilation
 from mowe_kernels.triton._device import add_product
-from mowe_kernels.triton._launch import cdiv, check_dtypes, contiguous, launch, next_power_of_2, recorded, setting
+from mowe_kernels.triton._launch import (
+    Tuning,
+    cdiv,
+    check_dtypes,
+    contiguous,
+    hardware,
+    launch,
+    next_power_of_2,
+    recorded,
+    setting,
+)
 from mowe_kernels.triton._sequences import find_sequence
 
 OFFSETS = ["p_cu_frames", "p_cu_rows"]
@@ -31,6 +42,7 @@ class Tile(NamedTuple):
 
 
 TILE = Tile(64, 128, 16, 8)
+CANDIDATES = Tile(32, 128, 16, 4), Tile(64, 64, 16, 4), Tile(128, 32, 16, 4), Tile(64, 32, 32, 4)
 FINISH = 64, 1024  # rows of a program, and how many of their elements it works on at once
 
 
@@ -93,10 +105,11 @@ def log_mel_finish_kernel(
         b_peak = tl.maximum(b_peak, tl.load(p_peaks + b_at, mask=b_at < peaks, other=float("-inf")))
     least = tl.max(b_peak, 0) - 8.0
     p_rows += row.to(tl.int64) * N
+    heard = tl.minimum(frames - first, rows) * N  # values of the tile that come from frames; the others are silence
     for at in range(0, rows * N, BLOCK):
         b_at = at + tl.arange(0, BLOCK)
         there = b_at < rows * N
-        b_log = tl.load(p_rows + b_at, mask=there & (b_at < (frames - first) * N), other=-10.0)
+        b_log = tl.load(p_rows + b_at, mask=b_at < heard, other=-10.0)
         b_log = tl.maximum(b_log, least, propagate_nan=tl.PropagateNan.ALL)
         tl.store(p_rows + b_at, 0.25 * b_log + 1.0, mask=there)
 
@@ -105,7 +118,8 @@ def forward(spectrum: Tensor, filters: Tensor, cu_frames: Tensor, cu_rows: Tenso
     parts = torch.view_as_real(spectrum)
     check_dtypes("varlen_log_mel", parts, filters)
     (frames, k), n, clips = spectrum.shape, filters.shape[1], cu_frames.shape[0] - 1
-    tile, (block_r, block) = setting("log_mel_tile", TILE, kind=Tile), setting("log_mel_finish", FINISH)
+    tile = setting("log_mel_tile", TILE, hardware(filters.device), f"{n} filters")
+    block_r, block = setting("log_mel_finish", FINISH)
     bn = max(16, min(tile.bn, next_power_of_2(n)))
     tiles, blocks = frames // tile.bm + clips, cdiv(n, bn)
     rows = torch.empty(num_rows, n, dtype=torch.float32, device=filters.device)
@@ -120,6 +134,16 @@ def forward(spectrum: Tensor, filters: Tensor, cu_frames: Tensor, cu_rows: Tenso
         N=n, BM=tile.bm, BLOCKS=blocks, BR=block_r, BLOCK=block, num_warps=4, num_stages=1,
     )  # fmt: skip
     return rows
+
+
+def tunings(device: torch.device, rows: int) -> Iterator[Tuning]:
+    """Eight clips through the banks of Whisper encoders."""
+    spectrum = torch.randn(rows // 8 * 8, 201, dtype=torch.complex64, device=device)
+    offsets = torch.arange(9, dtype=torch.int32, device=device) * (rows // 8)
+    for n in (80, 128):
+        filters = torch.rand(201, n, device=device)
+        call = partial(forward, spectrum, filters, offsets, offsets, len(spectrum))
+        yield Tuning("log_mel_tile", f"{n} filters", CANDIDATES, call)
 
 
 def compilations(capability: int) -> Iterator[Compilation]:

@@ -13,8 +13,8 @@ from mowe_kernels.triton._compilation import Compilation
 from mowe_kernels.triton._launch import cdiv, check_dtypes, contiguous, launch, next_power_of_2, recorded, setting
 from mowe_kernels.triton._sequences import find_sequence
 
-# The FFT library makes a plan for every number of frames, which takes the host longer than all launches here: numbers
-# are rounded up to a multiple of this, so that batches find the plan of an earlier one.
+# The FFT library plans every number of frames anew, in the host's time: numbers are rounded up to a multiple of this,
+# so that most batches find the plan of an earlier one.
 PLANNED = 1024
 
 
