@@ -18,6 +18,7 @@ from mowe.configuration_mowe import MowePoolConfig
 from mowe.errors import ConfigError, naming
 from mowe.families import ClipFeatures, Context, EncoderFamily, family_class, find_encoder
 from mowe_kernels import PackLayout, PackPlan
+from mowe_kernels.backend import implementation
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,12 @@ class PoolOutput:
     """Features of every (clip, slot) of a batch.
 
     rows: per family, packed frames [R, D]. plan: where each pair's frames lie. plan_on_host: makes the same plan on the
-    CPU, where the choices were made there.
+    CPU, where the choices were made there; None where it cannot.
     """
 
     rows: tuple[Tensor, ...]
     plan: PackPlan
-    plan_on_host: Callable[[], PackPlan] | None = None
+    plan_on_host: Callable[[], PackPlan | None] | None = None
 
     def pair(self, clip: int, slot: int) -> Tensor:
         """[T, D]: what the slot's encoder gives for the clip alone. The first call waits for the device, unless the
@@ -52,7 +53,7 @@ class PoolOutput:
 
     @cached_property
     def _pairs(self) -> list[list[Tensor | None]]:
-        plan = self.plan_on_host() if self.plan_on_host is not None else self.plan
+        plan = (self.plan_on_host and self.plan_on_host()) or self.plan
         slots = plan.position.shape[1]
         tables = [plan.position.flatten(), *map(plan.row_offsets, range(len(self.rows)))]
         places, *bounds = (part.tolist() for part in torch.cat(tables).cpu().split(list(map(len, tables))))
@@ -179,7 +180,8 @@ class EncoderPool(nn.Module):
         out = self(features, PackPlan.build(on_device, lengths, self.layout(device)))
         if chosen.device.type != "cpu" or device.type == "cpu":
             return out
-        return replace(out, plan_on_host=partial(PackPlan.build, chosen, lengths, self.layout(chosen.device)))
+        # A copy: the caller may put the next batch's choices into the same memory.
+        return replace(out, plan_on_host=partial(_plan, chosen.clone(), lengths, self.layout(chosen.device)))
 
     def to_transformers(self, index: int) -> PreTrainedModel:
         """Encoder `index` given back as a transformers module."""
@@ -208,3 +210,9 @@ class EncoderPool(nn.Module):
             if low < -1 or high >= self.num_encoders:
                 raise ConfigError(f"indices must lie in -1..{self.num_encoders - 1}, got {low}..{high}")
         return indices
+
+
+def _plan(indices: Tensor, lengths: list[list[int]], layout: PackLayout) -> PackPlan | None:
+    """The plan on the CPU; None where kernels are asked for that cannot run there."""
+    by_kernel = implementation("pack_plan", (indices,)).__name__.startswith("mowe_kernels.triton")
+    return None if by_kernel else PackPlan.build(indices, lengths, layout)

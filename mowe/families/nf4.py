@@ -64,6 +64,14 @@ class Nf4StackedLinear(nn.Module):
         return self
 
 
+def own(module: nn.Module, name: str) -> Any:
+    """A parameter of a module. nn.Module's own lookup, which takes as long as a launch, is left to wrappers, replicas
+    and parametrizations, which have none under that name.
+    """
+    found = module._parameters.get(name)
+    return getattr(module, name) if found is None else found
+
+
 def quantize_linear(model: nn.Module, name: str, linear: Any, double_quant: bool) -> None:
     """Put one stacked linear layer of a model in 4 bits; on the meta device, only its shapes."""
     model.set_submodule(name, Nf4StackedLinear(_quantize(linear.weight, double_quant), linear.bias))
@@ -78,7 +86,7 @@ def layer_weights(linears: Sequence[Any], rows: Level) -> list[Tensor]:
     """Weights [E, N, K] of the layers; those in 4 bits are dequantised together, for the encoders that have rows."""
     packed = [linear for linear in linears if isinstance(linear, Nf4StackedLinear)]
     if not packed:
-        return [linear._parameters["weight"] for linear in linears]  # nn.Module's own lookup takes as long as a launch
+        return [own(linear, "weight") for linear in linears]
     full = iter(nf4_dequantize_grouped([linear.matrix for linear in packed], rows.group_offsets, packed[0].bias.dtype))
     return [next(full) if isinstance(linear, Nf4StackedLinear) else linear.weight for linear in linears]
 

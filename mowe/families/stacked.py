@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mowe.errors import ConfigError
-from mowe.families.nf4 import layer_weights, stays_in_4_bits
+from mowe.families.nf4 import layer_weights, own, stays_in_4_bits
 from mowe_kernels import (
     LayerParameters,
     Level,
@@ -78,6 +78,8 @@ class StackedLayer(GradientCheckpointingLayer):
 
     pre_norm: normalise before each half (Whisper, stable layer norm) or after it (HuBERT-base). key_bias: False where
     the keys have no bias (Whisper); that part of `qkv.bias` stays zero and receives no gradient.
+
+    The parts are read, not called: hooks on them do not run.
     """
 
     def __init__(
@@ -124,13 +126,11 @@ class StackedLayer(GradientCheckpointingLayer):
         return x if self.pre_norm else self.mlp_norm(x, rows)
 
     def _parameters_for(self, rows: Level) -> LayerParameters:
-        """Of the layer, read past nn.Module's own lookup, which would take longer than the launches do."""
-        parts = self._modules
-        attention_norm, mlp_norm = parts["attention_norm"]._parameters, parts["mlp_norm"]._parameters
-        linears = parts["qkv"], parts["out"], parts["fc1"], parts["fc2"]
-        qkv, out, fc1, fc2 = layer_weights(linears, rows)
-        qkv_bias, out_bias, fc1_bias, fc2_bias = (linear._parameters["bias"] for linear in linears)
+        names = "attention_norm", "qkv", "out", "mlp_norm", "fc1", "fc2"
+        attention_norm, qkv, out, mlp_norm, fc1, fc2 = (self._modules[name] for name in names)
+        weights = layer_weights((qkv, out, fc1, fc2), rows)
         return LayerParameters(
-            attention_norm["weight"], attention_norm["bias"], qkv, qkv_bias, out, out_bias,
-            mlp_norm["weight"], mlp_norm["bias"], fc1, fc1_bias, fc2, fc2_bias,
+            own(attention_norm, "weight"), own(attention_norm, "bias"), weights[0], own(qkv, "bias"),
+            weights[1], own(out, "bias"), own(mlp_norm, "weight"), own(mlp_norm, "bias"),
+            weights[2], own(fc1, "bias"), weights[3], own(fc2, "bias"),
         )  # fmt: skip

@@ -48,15 +48,10 @@ def backward(
 
 def choose(direction: str, qkv: Tensor, max_seqlen: int, scale: float, equal_lengths: bool) -> ModuleType:
     """Who computes the "forward" or the "backward" pass."""
-    for name in (fastest(direction, qkv, qkv.shape[-1], max_seqlen, equal_lengths), KERNEL):
+    table = tables.of_device(qkv.device.index) if qkv.itemsize == 2 else None
+    choice = table and table.attention_of(qkv.shape[-1], max_seqlen, equal_lengths)
+    for name in (getattr(choice, direction, KERNEL), KERNEL):
         module = importlib.import_module(BACKENDS[name]) if name in BACKENDS else None
         if module and module.supports(qkv, max_seqlen, scale, equal_lengths):
             return module
     return importlib.import_module("mowe_kernels.reference.varlen_attention")
-
-
-def fastest(direction: str, like: Tensor, head_dim: int, max_seqlen: int, equal_lengths: bool) -> str:
-    """Whom the device's table names for heads of `head_dim` columns, of the type and on the device of `like`."""
-    table = tables.of_device(like.device.index) if like.itemsize == 2 else None
-    choice = table and table.attention_of(head_dim, max_seqlen, equal_lengths)
-    return getattr(choice, direction, KERNEL)

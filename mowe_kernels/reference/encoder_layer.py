@@ -84,12 +84,17 @@ def backward(
         nothing = grad.new_empty(0)
         return linear(grad, x, weight, group_offsets, None, nothing, "", needed_x, *needed, False, residual)[:3]
 
+    attention_learns = need_x or any(need[:6])
     if pre_norm:
-        grad, *of_mlp = mlp(grad, y, *mlp_norm, *feed_forward, True, any(need[6:]))
+        grad, *of_mlp = mlp(grad, y, *mlp_norm, *feed_forward, attention_learns, any(need[6:]))
     else:
         grad, *of_mlp_norm = through_norm(grad, z[0], mlp_norm, need[6:8])
-        grad, _, _, *of_feed_forward = mlp(grad, h, None, None, *feed_forward, True, any(need[8:]))
+        # Its own norm's gradients, which it returns first, are not there.
+        grad, _, _, *of_feed_forward = mlp(grad, h, None, None, *feed_forward, attention_learns, any(need[8:]))
         of_mlp = *of_mlp_norm, *of_feed_forward
+    if not attention_learns:
+        return *[grad.new_empty(0)] * 7, *of_mlp
+    if not pre_norm:
         grad, *of_norm = through_norm(grad, y, attention_norm, need[:2])
     of_attended, *of_out = through_linear(grad, attended.view(rows, d), out_weight, need[4:6])
     of_attended, scale = of_attended.view(rows, heads, d // heads), (d // heads) ** -0.5

@@ -82,10 +82,11 @@ def file_name(device: str) -> str:
 @cache
 def of_device(index: int) -> DeviceTable | None:
     """The table of a CUDA device or of its kind, None where there is none."""
-    return of_name(torch.cuda.get_device_name(index)) or of_capability(capability(index))
+    return of_name(torch.cuda.get_device_name(index)) or of_capability(compute_capability(index))
 
 
-def capability(index: int) -> int:
+def compute_capability(index: int) -> int:
+    """90 for 9.0."""
     major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from mowe_kernels.triton._launch import Started, cdiv, current_stream, noting, start
 
 ALIGNMENT = 256  # bytes, between temporaries: more than any kernel asks for
+MOST_BYTES = 2**27  # of temporaries, which all live at once (our choice)
 Step = tuple[Started, int, Callable[[Sequence[Any]], tuple[Any, ...]]]
 
 
@@ -49,7 +50,7 @@ def noted(
 ) -> tuple[tuple[Tensor, ...], Repeat | None]:
     """The results of `compute`, which does nothing but launch kernels, and how to repeat that with other inputs of the
     same sizes, types and alignments. None where it cannot be: an argument is neither a tensor, a number nor left out,
-    or two of the tensors begin at one address.
+    two of the tensors begin at one address, or there are too many temporaries.
     """
     with noting() as launches:
         results = compute()
@@ -68,7 +69,7 @@ def noted(
                 if not (value is None or isinstance(value, (int, float))):
                     return results, None
                 fixed.append(value)
-                picked.append(-len(fixed))  # they end the values, the first one last
+                picked.append(-len(fixed))  # from the end: how many temporaries come before is not known yet
                 continue
             place = places.get(address := arg.data_ptr())
             if place is None:
@@ -79,5 +80,7 @@ def noted(
                 size += cdiv(arg.untyped_storage().nbytes(), ALIGNMENT) * ALIGNMENT
             picked.append(place)
         steps.append((known, programs, itemgetter(*picked)))
+    if size > MOST_BYTES:
+        return results, None
     shapes = tuple((result.shape, result.dtype) for result in results)
     return results, Repeat(tuple(steps), shapes, tuple(reversed(fixed)), tuple(offsets), size)

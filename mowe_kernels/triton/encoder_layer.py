@@ -14,9 +14,9 @@ from torch import Tensor
 
 from mowe_kernels import attention
 from mowe_kernels.reference import encoder_layer as reference
+from mowe_kernels.triton import varlen_attention
 from mowe_kernels.triton._launch import forget_by, hooked
 from mowe_kernels.triton._repeat import Repeat, noted
-from mowe_kernels.triton.varlen_attention import MOST_COLUMNS
 
 # Of rows whose layers are repeated (our choice). Where there are more, the GPU takes longer than the host does, and
 # temporaries that all live at once would take memory for nothing.
@@ -86,10 +86,9 @@ def _repeated(
         return repeat(device, addresses, x)
     if len(_kept) >= MOST_KEPT:
         _kept.clear()
-    if not _attends(direction, x, *about[1:]):
-        _kept[key] = None
-        return compute()
-    results, _kept[key] = noted(inputs, compute)
+    results, repeat = noted(inputs, compute) if _attends(direction, x, *about[1:]) else (compute(), None)
+    if repeat is not None or len(set(addresses)) == len(addresses):  # else others of these sizes may be told apart
+        _kept[key] = repeat
     return results
 
 
@@ -111,6 +110,6 @@ def _attends(
     direction: str, x: Tensor, max_seqlen: int, heads: int, pre_norm: bool, eps: float, equal_lengths: bool
 ) -> bool:
     """Whether attention is computed by our own kernel, and not by what launches kernels of its own."""
-    head_dim = x.shape[1] // heads
-    fastest = attention.fastest(direction, x, head_dim, max_seqlen, equal_lengths)
-    return fastest == attention.KERNEL and head_dim <= MOST_COLUMNS
+    rows, head_dim = x.shape[0], x.shape[1] // heads
+    like = x[:, None, None, :1].expand(rows, 3, heads, head_dim)
+    return attention.choose(direction, like, max_seqlen, head_dim**-0.5, equal_lengths) is varlen_attention

@@ -65,6 +65,7 @@ def forward(
         varlen_frames_kernel, num_frames // block + clips, *contiguous(samples, window, cu_samples, cu_frames), frames,
         clips, padded_to, N=n, HOP=hop, BM=block, BN=next_power_of_2(n), num_warps=8, num_stages=1,
     )  # fmt: skip
+    frames[num_frames:].zero_()  # the library may transform two rows at once, and what lies there may be no number
     return torch.fft.rfft(frames)[:num_frames]
 
 

@@ -88,7 +88,7 @@ def measure(
     choices: list[AttentionChoice] = []
 
     def kept() -> DeviceTable:
-        name, capability = torch.cuda.get_device_name(device), tables.capability(device.index or 0)
+        name, capability = torch.cuda.get_device_name(device), tables.compute_capability(device.index or 0)
         table = DeviceTable(name, right, dict(settings), tuple(choices), versions(), capability)
         keep(table)
         return table

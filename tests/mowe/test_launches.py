@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.utils.parametrize import register_parametrization
 
 from mowe.audio import AudioBatch
 from mowe.families.stacked import StackedLayer
@@ -45,6 +46,15 @@ def rows() -> Level:
 def test_launches_of_a_layer(launches, width, pre_norm, count):
     layer(width, pre_norm)(torch.empty(8, width, dtype=torch.bfloat16), rows())
     assert len(launches) == count
+
+
+@torch.no_grad()
+def test_parameters_under_another_name():
+    """Of a layer whose parts hold something in the place of a parameter, as parametrizations and wrappers do."""
+    made, x = layer(64).float(), torch.randn(8, 64)
+    expected = made(x, rows())
+    register_parametrization(made.fc1, "weight", torch.nn.Identity())
+    assert torch.equal(made(x, rows()), expected)
 
 
 @pytest.mark.parametrize("context", ["valid", "window"])

@@ -11,6 +11,8 @@ import torch
 from transformers import Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 
 from mowe import AudioError, ConfigError, EncoderPool, MowePoolConfig
+from mowe.pool import _plan
+from mowe_kernels import use_backend
 from tests.mowe.encoders import LARGE, alone, assert_same, clip, hubert, wav2vec2, whisper
 
 ENCODERS = [
@@ -141,6 +143,8 @@ def test_each_pair_is_computed_once(pool):
 def test_pairs_are_found_by_a_plan_on_the_host(pool):
     """As those of choices that were made there: the plan on the device need not be read."""
     out = pool.encode(clips(16_000, 9_777), [[0, UNUSED], [5, 2]], "valid")
+    with use_backend("triton"):  # whose kernels do not run on the host
+        assert _plan(torch.tensor([[0]]), [], pool.layout(torch.device("cpu"))) is None
     told = replace(out, plan=SimpleNamespace(position=out.plan.position), plan_on_host=lambda: out.plan)
     assert [[found is None for found in slots] for slots in told.pairs()] == [[False, True], [False, False]]
     assert all(torch.equal(told.pair(c, s), out.pair(c, s)) for c, s in ((0, 0), (1, 0), (1, 1)))

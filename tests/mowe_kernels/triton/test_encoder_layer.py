@@ -52,7 +52,7 @@ from mowe_kernels.triton.grouped_mlp import Block
 
 _launch.Launch.__call__ = lambda self, programs, *args: self._start(-1, programs, args)
 repeated._repeatable = lambda inputs: True
-repeated.attention.fastest = lambda *args: "kernel"
+repeated.attention.choose = lambda *args: repeated.varlen_attention
 D, F, E = 64, 128, 2
 
 def layer(shift):
