@@ -76,7 +76,8 @@ def _repeated(
         return compute()
     device = x.get_device()
     addresses = [tensor.data_ptr() for tensor in inputs]
-    sizes = x.shape, parameters[8].shape, cu_seqlens.shape
+    fc1_weight = parameters[8]
+    sizes = x.shape, fc1_weight.shape, cu_seqlens.shape
     types = x.dtype, group_offsets.dtype, cu_seqlens.dtype
     key = direction, device, *about, *sizes, *types, *[address % 16 == 0 for address in addresses]
     repeat = _kept.get(key, _NEW)
