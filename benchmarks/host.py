@@ -29,12 +29,12 @@ def seconds_a_layer(device: str, dtype: str, workload: str = _FEW) -> float:
     hook.remove()
     (x, rows), *_ = seen
     rounds = []
-    for round in range(_ROUNDS):
-        batches = [_with_more_rows(x, 1 + round * _BATCHES + i) for i in range(_BATCHES)]
+    for first in range(1, _ROUNDS * _BATCHES, _BATCHES):
+        batches = [_with_more_rows(x, first + i) for i in range(_BATCHES)]
         start = now()
-        for batch in batches:
+        for h in batches:
             for layer in layers:
-                batch = layer(batch, rows)
+                h = layer(h, rows)
         rounds.append((time.perf_counter() - start) / (_BATCHES * len(layers)))
     return statistics.median(rounds)
 
