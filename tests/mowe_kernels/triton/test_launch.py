@@ -6,7 +6,7 @@ from tests.mowe_kernels.triton.no_gpu import printed_by
 
 SCRIPT = """
 import torch
-from mowe_kernels.triton import _gemm, _launch, varlen_attention
+from mowe_kernels.triton import _attention, _gemm, _launch
 from mowe_kernels.triton._launch import Launch
 from mowe_kernels.triton.grouped_linear import operands
 
@@ -23,7 +23,7 @@ def attention(rows, sequences):
     qkv, offsets = torch.zeros(rows, 3, 2, 32).bfloat16(), torch.zeros(sequences + 1, dtype=torch.int32)
     args = qkv, offsets, torch.empty(rows, 2, 32).bfloat16(), None, rows, sequences, 0.5
     constants = dict(HEADS=2, DIM=32, BLOCK_D=32, BLOCK_M=64, BLOCK_N=32)
-    return varlen_attention.varlen_attention_fwd_kernel, args, constants
+    return _attention.varlen_attention_fwd_kernel, args, constants
 
 def reduce(chunk):
     parts, offsets = torch.zeros(4, 32), torch.zeros(3, dtype=torch.int32)
