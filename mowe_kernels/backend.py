@@ -85,20 +85,19 @@ def _measured(op: str, device: torch.device | None) -> bool:
     """Whether the kernels of the op were found right on the device."""
     if device is None or device.type != "cuda":
         return False
-    table = tables.of_device(device.index)
+    name, table = torch.cuda.get_device_name(device.index), tables.of_device(device.index)
     if table is None:
-        _tell(torch.cuda.get_device_name(device.index))
+        _tell(f"runs in plain torch on {name}, where its kernels were not tried yet")
         return False
-    return all(part in table.ops for part in _MADE_OF.get(op, (op,))) and _has_triton()
+    missing = [part for part in _MADE_OF.get(op, (op,)) if part not in table.ops]
+    for part in missing:
+        _tell(f"computes {part} in plain torch on {name}, where its kernels were not tried yet or not found right")
+    return not missing and _has_triton()
 
 
 @cache
-def _tell(device: str) -> None:
-    warnings.warn(
-        f"mowe_kernels runs in plain torch on {device}, where its kernels were not tried yet: "
-        "`python -m mowe_kernels.tune` tries them, once",
-        stacklevel=2,
-    )
+def _tell(what: str) -> None:
+    warnings.warn(f"mowe_kernels {what}: `python -m mowe_kernels.tune` tries them", stacklevel=2)
 
 
 @cache

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import sys
 import threading
 from types import ModuleType
@@ -104,7 +105,8 @@ def test_the_kernels_compute_what_a_table_says_they_compute_rightly(gpu):
     gpu.write(tables.user_folder())
     assert implementation("grouped_linear", on_gpu()).__name__ == "mowe_kernels.triton.grouped_linear"
     assert implementation("varlen_attention", on_gpu()).__name__ == "mowe_kernels.attention"
-    assert implementation("sequence_norm", on_gpu()).__name__ == "mowe_kernels.reference.sequence_norm"
+    with pytest.warns(UserWarning, match="sequence_norm"):
+        assert implementation("sequence_norm", on_gpu()).__name__ == "mowe_kernels.reference.sequence_norm"
     assert implementation("grouped_linear", on_gpu(torch.float64)).__name__ == "mowe_kernels.reference.grouped_linear"
     assert implementation("grouped_linear", [torch.empty(2)]).__name__ == "mowe_kernels.reference.grouped_linear"
     with mowe_kernels.use_backend("reference"):
@@ -118,6 +120,18 @@ def test_a_gpu_without_a_table_says_once_how_to_get_the_kernels(gpu, recwarn):
         assert implementation(op, on_gpu()).__name__ == f"mowe_kernels.reference.{op}"
     (said,) = recwarn
     assert "Some GPU" in str(said.message) and "python -m mowe_kernels.tune" in str(said.message)
+
+
+def test_an_op_a_table_does_not_have_is_named_once(gpu, recwarn):
+    gpu.write(tables.user_folder())
+    for op in ("grouped_linear", "sequence_norm", "encoder_layer"):
+        for dtype in (torch.bfloat16, torch.float16):
+            implementation(op, on_gpu(dtype))
+    said = [str(warning.message) for warning in recwarn]
+    assert [re.search("computes (.*) in plain torch on Some GPU", line)[1] for line in said] == [
+        "sequence_norm", "grouped_layer_norm", "grouped_mlp",
+    ]  # fmt: skip
+    assert all("python -m mowe_kernels.tune" in line for line in said)
 
 
 def test_a_gpu_without_triton(gpu, monkeypatch):
