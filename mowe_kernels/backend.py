@@ -55,7 +55,7 @@ def implementation(op: str, args: Sequence[Any] = ()) -> ModuleType:
     """
     tensor = args[0] if args and isinstance(args[0], Tensor) else next(_tensors(args), None)
     where, dtype = (None, None) if tensor is None else (tensor.device, tensor.dtype)
-    name = module_name(op, _forced, where, dtype == torch.float64)
+    name = module_name(op, _forced, where, dtype in (torch.float64, torch.complex128))
     return sys.modules.get(name) or importlib.import_module(name)
 
 

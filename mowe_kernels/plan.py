@@ -209,7 +209,7 @@ def device_lengths(lengths: Sequence[int] | Sequence[Sequence[int]], device: tor
 
 
 def _copy(lengths: Any, device: torch.device) -> Tensor:
-    host = torch.tensor(lengths, dtype=torch.int32, pin_memory=device.type == "cuda")
+    host = torch.tensor(lengths, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)
 
 

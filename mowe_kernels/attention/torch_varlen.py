@@ -6,11 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from inspect import signature
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import varlen
+
+
+_switching = Lock()  # the switch is the process's, and autograd has a thread for every GPU
 
 
 def supports(qkv: Tensor, max_seqlen: int, scale: float, equal_lengths: bool) -> bool:
@@ -38,7 +42,7 @@ def backward(
     # torch has no public name for it: its own gradient of `varlen_attn` calls this.
     no_dropout = qkv.new_zeros(2, dtype=torch.uint64), qkv.new_empty(0)
     lengths = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
-    with _deterministic():
+    with _switching, _deterministic():
         grads = torch.ops.aten._flash_attention_backward(
             grad.contiguous(), *qkv.unbind(1), out, lse, *lengths, 0.0, False, *no_dropout, scale=scale
         )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import is_autocast_enabled as autocasts
 
 from mowe_kernels.backend import implementation
 
@@ -15,6 +17,15 @@ def _separate(result: Any) -> Any:
     if isinstance(result, torch.Tensor):
         return result if result.numel() else result.new_empty(result.shape)
     return type(result)(map(_separate, result))
+
+
+@contextmanager
+def _types_as_given() -> Iterator[None]:
+    """No autocast: what an op computes in follows from its arguments alone."""
+    with ExitStack() as stack:
+        for kind in filter(autocasts, ("cpu", "cuda")):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 class Op:
@@ -31,7 +42,11 @@ class Op:
         self.name = name
 
         def compute(*args: Any) -> Any:
-            return getattr(implementation(module, args), function)(*args)
+            by = getattr(implementation(module, args), function)
+            if autocasts("cpu") or autocasts("cuda"):
+                with _types_as_given():
+                    return by(*args)
+            return by(*args)
 
         self.compute = compute
         self.op = torch.library.custom_op(

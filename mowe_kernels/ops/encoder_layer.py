@@ -112,7 +112,7 @@ class _Layer(torch.autograd.Function):
         of_x, *of_parameters = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
         of_qkv_bias = of_parameters[LayerParameters._fields.index("qkv_bias")]
         if of_qkv_bias is not None and not ctx.key_bias:
-            of_qkv_bias.chunk(3, dim=1)[1].zero_()
+            of_qkv_bias.unflatten(1, (3, -1))[:, 1].zero_()
         return None, None, of_x, None, None, *of_parameters
 
 

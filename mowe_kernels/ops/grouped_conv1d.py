@@ -122,7 +122,7 @@ def grouped_conv1d(
         if tensor is not None:
             check_shape(op, name, tensor, shape, meaning)
     check(activation in ACTIVATIONS, op, f"activation must be one of {ACTIVATIONS}, got {activation!r}")
-    check_dtype(op, x, weight=weight, bias=bias)
+    check_dtype(op, x, weight=weight, bias=bias, positions=positions, residual=residual)
     save_pre = activation != "" and needs_grad(x, weight, bias)
     return _op(
         x, weight, bias, starts, lengths, encoder, cu_seqlens, positions, residual,

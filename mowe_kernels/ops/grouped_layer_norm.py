@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mowe_kernels.ops._op import DifferentiableOp, Op, check, check_shape, empty, optional
+from mowe_kernels.ops._op import DifferentiableOp, Op, check, check_dtype, check_shape, empty, optional
 from mowe_kernels.ops.grouped_linear import ACTIVATIONS
 
 
@@ -57,7 +57,7 @@ def grouped_layer_norm(
     x: [R, D] packed rows. weight, bias: [E, D]. group_offsets: int32 [E+1]. activation: "" or "gelu" (erf).
     Returns [R, D] in the type of x, statistics in float32; rows past group_offsets[-1] are unspecified. The residual
     sum before a norm belongs to the epilogue of `grouped_linear`.
-    Floor: 2 R D elements moved. Raises ValueError for shapes that do not fit or an unknown activation.
+    Floor: 2 R D elements moved. Raises ValueError for shapes or types that do not fit or an unknown activation.
     """
     check_shape("grouped_layer_norm", "x", x, (None, None), "packed rows [R, D]")
     check_shape("grouped_layer_norm", "weight", weight, (None, x.shape[1]), "stacked weights [E, D]")
@@ -66,4 +66,5 @@ def grouped_layer_norm(
     check(
         activation in ACTIVATIONS, "grouped_layer_norm", f"activation must be one of {ACTIVATIONS}, got {activation!r}"
     )
+    check_dtype("grouped_layer_norm", x, weight=weight, bias=bias)
     return OP(x, weight, bias, group_offsets, eps, activation)

@@ -95,7 +95,7 @@ def grouped_linear(
         if tensor is not None:
             check_shape("grouped_linear", name, tensor, shape, meaning)
     check(activation in ACTIVATIONS, "grouped_linear", f"activation must be one of {ACTIVATIONS}, got {activation!r}")
-    check_dtype("grouped_linear", x, weight=weight, bias=bias)
+    check_dtype("grouped_linear", x, weight=weight, bias=bias, residual=residual)
     scale_learns = row_scale is not None and needs_grad(row_scale)
     save_pre = scale_learns or (activation != "" and needs_grad(x, weight, bias))
     return OP(x, weight, bias, group_offsets, residual, row_scale, activation, save_pre)[0]

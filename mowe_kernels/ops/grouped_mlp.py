@@ -97,5 +97,6 @@ def grouped_mlp(
     ):
         if tensor is not None:
             check_shape(op, name, tensor, shape, meaning)
-    check_dtype(op, x, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
+    norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
+    check_dtype(op, x, **norm, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
     return OP(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, group_offsets, eps)

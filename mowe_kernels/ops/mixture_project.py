@@ -42,23 +42,30 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         base, base_starts, base_lengths, position, weights, base_weight, cu_seqlens, output[1],
         *rows, *row_offsets, *row_weights,
     )  # fmt: skip
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else that output gets a gradient of zeros, written for nobody
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
+def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple:
     base, base_starts, base_lengths, position, weights, base_weight, cu_seqlens, pre, *lists = ctx.saved_tensors
     n = ctx.families
     rows, row_offsets, row_weights = lists[:n], lists[n : 2 * n], lists[2 * n :]
     needs = ctx.needs_input_grad
     need_base, need_weights, need_bias = needs[0], needs[6], needs[9]
     need_rows, need_parameters = any(needs[3]), needs[7] or any(needs[8])
-    grad_base, grad_rows, grad_weights, grad_base_weight, grad_row_weights, grad_bias = _backward_op(
-        grad.contiguous(), base, base_starts, base_lengths, rows, row_offsets, position, weights, base_weight,
-        row_weights, ctx.alignment, cu_seqlens, pre, ctx.stride, ctx.padding, ctx.activation,
-        need_base, need_rows, need_weights, need_parameters, need_bias,
-    )  # fmt: skip
+    grads = None, [None] * n, None, None, [None] * n, None
+    if grad is not None:
+        grads = _backward_op(
+            grad.contiguous(), base, base_starts, base_lengths, rows, row_offsets, position, weights, base_weight,
+            row_weights, ctx.alignment, cu_seqlens, pre, ctx.stride, ctx.padding, ctx.activation,
+            need_base, need_rows, need_weights, need_parameters, need_bias,
+        )  # fmt: skip
+    grad_base, grad_rows, grad_weights, grad_base_weight, grad_row_weights, grad_bias = grads
     return (
         optional(grad_base), None, None, [optional(g) for g in grad_rows], [None] * n, None, optional(grad_weights),
-        optional(grad_base_weight), [optional(g) for g in grad_row_weights], optional(grad_bias), *(None,) * 7,
+        optional(grad_base_weight), [optional(g) for g in grad_row_weights], optional(grad_bias),
+        None if ctx.alignment else [],  # torch.library takes an empty list for one of tensors
+        *(None,) * 6,
     )  # fmt: skip
 
 

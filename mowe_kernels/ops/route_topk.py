@@ -34,7 +34,7 @@ def _backward(ctx: Any, grad_weights: Tensor, *_: Tensor) -> tuple:
 
 
 def _fake_backward(grad_weights, logits, learned_logits, indices, top_k_independent):
-    return tuple(empty(grad_weights) if x is None else torch.empty_like(x) for x in (logits, learned_logits))
+    return tuple(empty(grad_weights) if x is None else x.new_empty(x.shape) for x in (logits, learned_logits))
 
 
 _backward_op = Op(
@@ -73,7 +73,7 @@ def route_topk(
     Returns weights float32 [B, k] (the softmax over all E encoders, at the chosen ones), indices int64 [B, k] and
     the tensors of `pack_plan`. Only the weights carry a gradient: d logits = p * (g - sum(p * g)), g being the
     gradient scattered to the chosen encoders.
-    Raises ValueError for shapes that do not fit and for more slots than encoders.
+    Raises ValueError for shapes or types that do not fit and for more slots than encoders.
     """
     encoders = rank.shape[0]
     check(top_k or top_k_independent, "route_topk", "no slots: top_k and top_k_independent are both 0")
@@ -89,6 +89,9 @@ def route_topk(
         )
         if tensor is not None:
             check_shape("route_topk", name, tensor, shape, "one value per encoder")
+    if logits is not None and learned_logits is not None:
+        types = f"{logits.dtype} and {learned_logits.dtype}"
+        check(logits.dtype == learned_logits.dtype, "route_topk", f"logits of one type expected, got {types}")
     check_layout("route_topk", lengths, rank, level_bounds, lengths.shape[-1])
     weights, indices, *plan = _op(logits, learned_logits, top_k, top_k_independent, lengths, rank, level_bounds)
     return weights, indices, tuple(plan)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mowe_kernels.ops._op import DifferentiableOp, Op, check, check_shape, empty, optional
+from mowe_kernels.ops._op import DifferentiableOp, Op, check, check_dtype, check_shape, empty, optional
 from mowe_kernels.ops.grouped_linear import ACTIVATIONS
 
 
@@ -64,7 +64,7 @@ def sequence_norm(
     x: [R, N] packed rows. weight, bias: [E, N]. encoder: int32 [P]. cu_seqlens: int32 [P+1]. activation: "" or "gelu".
     Returns [R, N]; rows past cu_seqlens[-1] are unspecified. It is `nn.GroupNorm(N, N)` of HuBERT's and wav2vec 2.0's
     first convolution, which padding would change. Floor: 3 R N elements moved (two reads, one write).
-    Raises ValueError for shapes that do not fit.
+    Raises ValueError for shapes or types that do not fit.
     """
     check_shape("sequence_norm", "x", x, (None, None), "packed rows [R, N]")
     check_shape("sequence_norm", "weight", weight, (None, x.shape[1]), "stacked weights [E, N]")
@@ -72,4 +72,5 @@ def sequence_norm(
     check_shape("sequence_norm", "encoder", encoder, (None,), "encoder of each sequence [P]")
     check_shape("sequence_norm", "cu_seqlens", cu_seqlens, (encoder.shape[0] + 1,), "row offsets [P+1]")
     check(activation in ACTIVATIONS, "sequence_norm", f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    check_dtype("sequence_norm", x, weight=weight, bias=bias)
     return _op(x, weight, bias, encoder, cu_seqlens, eps, activation)

@@ -23,6 +23,7 @@ def linear(
     """row_scale * activation(x @ weight.T + bias) + residual."""
     if _goes_to_onednn(x):
         onednn = torch.ops.mkldnn._linear_pointwise
+        bias = None if bias is None else bias.contiguous()  # its strides are not looked at
         if residual is not None and row_scale is None and not activation:
             return onednn.binary(x, residual, weight, bias, "add")
         y = onednn(x, weight, bias, activation or "none", [], "none")

@@ -38,16 +38,16 @@ def dynamic_code() -> Tensor:
     """
     values = [0.0, 1.0]
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1)
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device="cpu")
         means = (edges[:-1] + edges[1:]) / 2
         magnitude = 10 ** (exponent - 6)
         values += (magnitude * means).tolist() + (-magnitude * means).tolist()
-    return torch.tensor(sorted(values))
+    return torch.tensor(sorted(values), dtype=torch.float32, device="cpu")
 
 
 @cache
 def _nearest() -> Tensor:
     """uint8 [65536]: index of the value nearest to each point from -1 to 1."""
     code = dynamic_code()
-    points = 2.0 * torch.arange(_TABLE, dtype=torch.float32) / (_TABLE - 1) - 1.0
+    points = 2.0 * torch.arange(_TABLE, dtype=torch.float32, device="cpu") / (_TABLE - 1) - 1.0
     return torch.searchsorted((code[:-1] + code[1:]) / 2, points).to(torch.uint8)

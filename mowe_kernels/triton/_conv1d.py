@@ -110,6 +110,7 @@ def grouped_conv1d_fwd_kernel(
             group * NG + NG,
             N,
             GELU,
+            max_positions - first,
         )
 
 

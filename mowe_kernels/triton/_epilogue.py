@@ -14,9 +14,13 @@ ROWS = 8  # of a program that only passes over them
 
 @triton.jit
 def write(
-    b_y, p_bias, p_positions, p_residual, p_pre, p_out, rows, column, columns, N: tl.constexpr, GELU: tl.constexpr
+    b_y, p_bias, p_positions, p_residual, p_pre, p_out, rows, column, columns, N: tl.constexpr, GELU: tl.constexpr,
+    positions=0,
 ):  # fmt: skip
-    """What follows a product. Its block b_y begins at `column`, the pointers at its first row in matrices [., N]."""
+    """What follows a product. Its block b_y begins at `column`, the pointers at its first row in matrices [., N].
+
+    rows, positions: how many of its rows there are, and how many of them there is a position for.
+    """
     b_row, b_n = tl.arange(0, b_y.shape[0]), column + tl.arange(0, b_y.shape[1])
     b_there = (b_row < rows)[:, None] & (b_n < columns)[None, :]
     b_at = b_row[:, None] * N + b_n[None, :]
@@ -27,7 +31,8 @@ def write(
     if GELU:
         b_y = gelu(b_y, p_out.dtype.element_ty != tl.float32)
     if p_positions is not None:
-        b_y += tl.load(p_positions + b_at, mask=b_there, other=0.0).to(tl.float32)
+        b_placed = b_there & (b_row < positions)[:, None]
+        b_y += tl.load(p_positions + b_at, mask=b_placed, other=0.0).to(tl.float32)
     if p_residual is not None:
         b_y += tl.load(p_residual + b_at, mask=b_there, other=0.0).to(tl.float32)
     tl.store(p_out + b_at, b_y.to(p_out.dtype.element_ty), mask=b_there)

@@ -238,6 +238,8 @@ class Launch:
         known = self._known.get(key)
         if known is None or hooked():
             compiled = self._by_triton(programs, args)
+            if compiled is None:  # TRITON_INTERPRET=1
+                return
             constants = [self.constexprs[name] for name in self.kernel.arg_names[len(args) :]]
             known = Started(compiled.run, compiled.function, compiled.packed_metadata, constants)
             self._known[key] = known

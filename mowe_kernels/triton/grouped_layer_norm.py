@@ -163,7 +163,7 @@ def grouped_layer_norm_bwd_reduce_kernel(
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, group_offsets: Tensor, eps: float, activation: str) -> Tensor:
     check_dtypes("grouped_layer_norm", x, weight, bias)
-    x, weight, bias = contiguous(x, weight, bias)
+    x, weight, bias, group_offsets = contiguous(x, weight, bias, group_offsets)
     out = torch.empty_like(x)
     (rows, d), experts = x.shape, weight.shape[0]
     start, block_rows = _forward_launch(experts, d, activation == "gelu")
@@ -196,7 +196,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The reference's gradients."""
     check_dtypes("grouped_layer_norm", grad, x, weight, bias)
-    grad, x, weight, bias, residual = contiguous(grad, x, weight, bias, residual)
+    grad, x, weight, bias, group_offsets, residual = contiguous(grad, x, weight, bias, group_offsets, residual)
     (rows, d), experts = x.shape, weight.shape[0]
     nothing = x.new_empty(0)
     grad_x = torch.empty_like(x) if need_x else nothing

@@ -85,7 +85,9 @@ def forward(
     save_pre: bool,
 ) -> tuple[Tensor, Tensor]:
     check_dtypes("grouped_linear", x, weight)
-    x, weight, bias, residual, row_scale = contiguous(x, weight, bias, residual, row_scale)
+    x, weight, bias, group_offsets, residual, row_scale = contiguous(
+        x, weight, bias, group_offsets, residual, row_scale
+    )
     out = x.new_empty(x.shape[0], weight.shape[1])
     pre = torch.empty_like(out) if save_pre else x.new_empty(0)
     gemm(
@@ -111,7 +113,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The reference's gradients."""
     check_dtypes("grouped_linear", grad, x, weight)
-    grad, x, weight, row_scale, residual = contiguous(grad, x, weight, row_scale, residual)
+    grad, x, weight, group_offsets, row_scale, residual = contiguous(
+        grad, x, weight, group_offsets, row_scale, residual
+    )
     nothing = x.new_empty(0)
     need_product = need_x or need_weight or need_bias
     grad_scale = torch.empty_like(row_scale) if need_scale else nothing
@@ -149,7 +153,7 @@ def gemm(
     """
     rows, k = a.shape
     experts, n = weight.shape[0], out.shape[1]
-    tile, described = _gemm_choice(a.device, a.dtype, rows, n, k)
+    tile, described = _gemm_choice(a.device, a.dtype, rows, n, k, transposed)
     matrices, tma = (a, weight), False
     if described:
         block = (tile.depth, tile.cols) if transposed else (tile.cols, tile.depth)
@@ -160,10 +164,14 @@ def gemm(
 
 
 @remembered
-def _gemm_choice(device: torch.device, dtype: torch.dtype, rows: int, n: int, k: int) -> tuple[Tile, bool]:
+def _gemm_choice(
+    device: torch.device, dtype: torch.dtype, rows: int, n: int, k: int, transposed: bool
+) -> tuple[Tile, bool]:
     """The block of a program, and whether it is fetched through descriptors."""
     found = hardware(device)
-    return gemm_tile(found, dtype, rows, n), worth_describing(found, rows * n * k)
+    tile = gemm_tile(found, dtype, rows, n)
+    whole = not transposed or k % tile.depth == 0  # else a descriptor reads on into the next encoder's weights
+    return tile, whole and worth_describing(found, rows * n * k)
 
 
 @remembered
@@ -292,6 +300,8 @@ MOST_DESCRIPTORS = 10_000
 
 def _descriptor(matrix: Tensor, block: tuple[int, int]) -> TensorDescriptor:
     """Made once for as long as tensors of a shape lie at an address, as weights do, and often activations."""
+    if matrix.device.type == "cpu":  # Triton's interpreter reads the tensor itself
+        return TensorDescriptor.from_tensor(matrix.view(-1, matrix.shape[-1]), list(block))
     key = matrix.data_ptr(), matrix.dtype, matrix.device, matrix.shape, block
     found = _descriptors.get(key)
     if found is None:

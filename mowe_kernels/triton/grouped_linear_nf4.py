@@ -54,7 +54,7 @@ def forward(
     activation: str,
 ) -> Tensor:
     check_dtypes("grouped_linear_nf4", x)
-    x, codes, absmax, bias, residual = contiguous(x, codes, absmax, bias, residual)
+    x, codes, absmax, bias, group_offsets, residual = contiguous(x, codes, absmax, bias, group_offsets, residual)
     nested = contiguous(nested_absmax, nested_offset, nested_code) if nested_absmax.numel() else [None] * 3
     (rows, k), (n, _, blocksize), experts = x.shape, sizes, codes.shape[0]
     out = x.new_empty(rows, n)

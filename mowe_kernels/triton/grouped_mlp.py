@@ -60,8 +60,8 @@ def forward(
     eps: float,
 ) -> Tensor:
     check_dtypes("grouped_mlp", x, norm_weight, fc1_weight, fc2_weight)
-    x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias = contiguous(
-        x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias
+    x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, group_offsets = contiguous(
+        x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, group_offsets
     )
     (rows, d), (experts, f, _) = x.shape, fc1_weight.shape
     out = torch.empty_like(x)
@@ -86,7 +86,9 @@ def forward(
 def _choice(device: torch.device, dtype: torch.dtype, rows: int, d: int, f: int) -> tuple[Block | None, bool]:
     """The block of the fused kernel, None for its parts, and whether weights are fetched through descriptors."""
     found = hardware(device)
-    return fused_block(found, dtype, d), worth_describing(found, 2 * rows * d * f)
+    block = fused_block(found, dtype, d)
+    whole = block is not None and f % block.hidden == 0  # else a descriptor reads on into the next encoder's weights
+    return block, whole and worth_describing(found, 2 * rows * d * f)
 
 
 @remembered
@@ -113,8 +115,8 @@ def backward(
     need_parameters: bool,
 ) -> tuple[Tensor, ...]:
     check_dtypes("grouped_mlp", grad, x, norm_weight, fc1_weight, fc2_weight)
-    grad, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias = contiguous(
-        grad, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias
+    grad, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, group_offsets = contiguous(
+        grad, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, group_offsets
     )
     nothing = x.new_empty(0)
     h = _normed(x, norm_weight, norm_bias, group_offsets, eps)

@@ -18,18 +18,21 @@ from mowe_kernels.triton._launch import contiguous, hardware, launch, next_power
 
 
 @triton.jit
-def _key(p_indices, p_rank, pair, mask):
-    """Rank of the encoder of each pair, -1 in an unused slot."""
+def _key(p_indices, p_rank, pair, mask, ENCODERS: tl.constexpr):
+    """Rank of the encoder of each pair, -1 in an unused slot and where there is no such encoder."""
     b_index = tl.load(p_indices + pair, mask=mask, other=-1)
-    return tl.load(p_rank + b_index, mask=b_index >= 0, other=-1)
+    return tl.load(p_rank + b_index, mask=(b_index >= 0) & (b_index < ENCODERS), other=-1)
 
 
 @triton.jit
-def _chosen(p_indices, p_rank, clip, batch, b_e, SLOTS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_E: tl.constexpr):
+def _chosen(
+    p_indices, p_rank, clip, batch, b_e,
+    SLOTS: tl.constexpr, ENCODERS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
     """Whether each clip uses the encoder of each rank, 0 or 1: [BLOCK_B, BLOCK_E]."""
     b_chosen = tl.zeros([BLOCK_B, BLOCK_E], tl.int32)
-    for slot in tl.static_range(SLOTS):
-        b_key = _key(p_indices, p_rank, clip * SLOTS + slot, clip < batch)
+    for slot in range(SLOTS):
+        b_key = _key(p_indices, p_rank, clip * SLOTS + slot, clip < batch, ENCODERS)
         b_chosen = b_chosen | (b_key[:, None] == b_e[None, :]).to(tl.int32)
     return b_chosen
 
@@ -48,7 +51,7 @@ def pack_pairs(
     b_count = tl.zeros([BLOCK_E], tl.int32)
     for first in range(0, batch, BLOCK_B):
         clip = first + tl.arange(0, BLOCK_B)
-        b_count += tl.sum(_chosen(p_indices, p_rank, clip, batch, b_e, SLOTS, BLOCK_B, BLOCK_E), 0)
+        b_count += tl.sum(_chosen(p_indices, p_rank, clip, batch, b_e, SLOTS, ENCODERS, BLOCK_B, BLOCK_E), 0)
 
     # A clip has at most one pair with an encoder, so the place of a pair is the number of pairs of earlier encoders
     # and of earlier clips with the same encoder. Pairs without rows follow in the order of their slots.
@@ -57,20 +60,21 @@ def pack_pairs(
     b_next, next_absent = b_first_pair, present
     for first in range(0, batch, BLOCK_B):
         clip = first + tl.arange(0, BLOCK_B)
-        b_chosen = _chosen(p_indices, p_rank, clip, batch, b_e, SLOTS, BLOCK_B, BLOCK_E)
+        b_chosen = _chosen(p_indices, p_rank, clip, batch, b_e, SLOTS, ENCODERS, BLOCK_B, BLOCK_E)
         b_place = b_next[None, :] + tl.cumsum(b_chosen, 0) - b_chosen
         b_next += tl.sum(b_chosen, 0)
         b_absent = tl.where(clip < batch, SLOTS - tl.sum(b_chosen, 1), 0)
         b_next_absent = next_absent + tl.cumsum(b_absent, 0) - b_absent
         next_absent += tl.sum(b_absent, 0)
         b_unused = tl.full([BLOCK_B], -1, tl.int32)  # the pair all unused slots of a clip share: the first of them
-        for slot in tl.static_range(SLOTS):
+        for slot in range(SLOTS):
             pair = clip * SLOTS + slot
-            b_key = _key(p_indices, p_rank, pair, clip < batch)
+            b_key = _key(p_indices, p_rank, pair, clip < batch, ENCODERS)
             b_used = b_key >= 0
             b_present = b_used
-            for earlier in tl.static_range(slot):
-                b_present = b_present & (_key(p_indices, p_rank, clip * SLOTS + earlier, clip < batch) != b_key)
+            for earlier in range(slot):
+                b_earlier = _key(p_indices, p_rank, clip * SLOTS + earlier, clip < batch, ENCODERS)
+                b_present = b_present & (b_earlier != b_key)
             b_shared = tl.sum(tl.where(b_key[:, None] == b_e[None, :], b_place, 0), 1)
             b_own = tl.where(b_present, b_shared, b_next_absent)
             b_unused = tl.where(b_used | (b_unused >= 0), b_unused, b_next_absent)

@@ -35,7 +35,7 @@ def _choose(
     b_left = tl.where(b_e < ENCODERS, b_left, -(1 << 63))
     b_max = tl.max(b_x, 1)
     b_total = tl.sum(tl.exp(b_x - b_max[:, None]), 1)
-    for slot in tl.static_range(FIRST, FIRST + TOP_K):
+    for slot in range(FIRST, FIRST + TOP_K):
         b_best = tl.max(b_left, 1)
         b_index = BLOCK_E - 1 - (b_best & 0xFFFFFFFF)
         b_key = (b_best >> 32).to(tl.int32)
@@ -90,7 +90,7 @@ def _through_learned(
     """The gradient of the learned logits. Every clip chose the same, so the softmax is passed once, by the sum."""
     b_e = tl.arange(0, BLOCK_E)[None, :]
     b_grad = tl.zeros([1, BLOCK_E], tl.float32)
-    for slot in tl.static_range(TOP_K_INDEPENDENT):
+    for slot in range(TOP_K_INDEPENDENT):
         b_sum = tl.zeros([BLOCK_B], tl.float32)
         for first in range(0, batch, BLOCK_B):
             clip = first + tl.arange(0, BLOCK_B)
@@ -120,7 +120,7 @@ def route_topk_bwd_kernel(
         b_e = tl.arange(0, BLOCK_E)[None, :]
         clip = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
         b_grad = tl.zeros([BLOCK_B, BLOCK_E], tl.float32)
-        for slot in tl.static_range(TOP_K_INDEPENDENT, SLOTS):
+        for slot in range(TOP_K_INDEPENDENT, SLOTS):
             b_index = tl.load(p_indices + clip * SLOTS + slot, mask=clip < batch, other=-1)
             b_g = tl.load(p_grad_weights + clip * SLOTS + slot, mask=clip < batch, other=0.0).to(tl.float32)
             b_grad += tl.where(b_e == b_index[:, None], b_g[:, None], 0.0)

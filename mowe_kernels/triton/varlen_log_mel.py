@@ -46,6 +46,12 @@ CANDIDATES = Tile(32, 128, 16, 4), Tile(64, 64, 16, 4), Tile(128, 32, 16, 4), Ti
 FINISH = 64, 1024  # rows of a program, and how many of their elements it works on at once
 
 
+@triton.jit
+def _largest(b):
+    """The largest value, NaN where there is one."""
+    return tl.where(tl.max((b != b).to(tl.int32)) > 0, float("nan"), tl.max(b))
+
+
 # p_spectrum: float32 [R, K, 2]. p_filters: float32 [K, N]. p_cu_frames, p_cu_rows: int32 [clips + 1].
 # p_rows: float32 [rows, N], of which those of frames get their logarithms. p_peaks: float32 [tiles, blocks of filters].
 # Programs: a tile times a block of filters.
@@ -78,8 +84,7 @@ def log_mel_kernel(
     there = (b_m < frames)[:, None] & (b_n < N)[None, :]
     p_rows += (tl.load(p_cu_rows + clip) + first).to(tl.int64) * N
     tl.store(p_rows + b_m[:, None] * N + b_n[None, :], b_log, mask=there)
-    peak = tl.max(tl.max(tl.where(there, b_log, float("-inf")), 1), 0)
-    tl.store(p_peaks + tl.program_id(0), peak)
+    tl.store(p_peaks + tl.program_id(0), _largest(tl.where(there, b_log, float("-inf"))))
 
 
 # p_rows: float32 [rows, N], read and written. p_peaks: float32 [tiles of BM frames, BLOCKS].
@@ -102,8 +107,9 @@ def log_mel_finish_kernel(
     b_peak = tl.full([WIDTH], float("-inf"), tl.float32)
     for at in range(0, peaks, WIDTH):
         b_at = at + tl.arange(0, WIDTH)
-        b_peak = tl.maximum(b_peak, tl.load(p_peaks + b_at, mask=b_at < peaks, other=float("-inf")))
-    least = tl.max(b_peak, 0) - 8.0
+        b_other = tl.load(p_peaks + b_at, mask=b_at < peaks, other=float("-inf"))
+        b_peak = tl.maximum(b_peak, b_other, propagate_nan=tl.PropagateNan.ALL)
+    least = _largest(b_peak) - 8.0
     p_rows += row.to(tl.int64) * N
     heard = tl.minimum(frames - first, rows) * N  # values of the tile that come from frames; the others are silence
     for at in range(0, rows * N, BLOCK):
