@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn.attention import varlen
 
-
 _switching = Lock()  # the switch is the process's, and autograd has a thread for every GPU
 
 

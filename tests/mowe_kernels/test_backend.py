@@ -108,6 +108,7 @@ def test_the_kernels_compute_what_a_table_says_they_compute_rightly(gpu):
     with pytest.warns(UserWarning, match="sequence_norm"):
         assert implementation("sequence_norm", on_gpu()).__name__ == "mowe_kernels.reference.sequence_norm"
     assert implementation("grouped_linear", on_gpu(torch.float64)).__name__ == "mowe_kernels.reference.grouped_linear"
+    assert implementation("varlen_attention", on_gpu(torch.complex128)).__name__.startswith("mowe_kernels.reference")
     assert implementation("grouped_linear", [torch.empty(2)]).__name__ == "mowe_kernels.reference.grouped_linear"
     with mowe_kernels.use_backend("reference"):
         assert implementation("grouped_linear", on_gpu()).__name__ == "mowe_kernels.reference.grouped_linear"

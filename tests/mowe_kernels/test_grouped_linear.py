@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mowe_kernels import grouped_linear
-from mowe_kernels.reference import _rows
+from mowe_kernels.reference import _linear, _rows
 from tests.mowe_kernels.checks import (
     GROUPS,
     Inputs,
@@ -91,6 +91,32 @@ def test_accepts_any_strides():
     assert_matches(op((4, 3), "gelu"), naive((4, 3), "gelu"), strided, 7)
 
 
+@pytest.mark.parametrize("activation", ["", "gelu"])
+def test_accepts_any_strides_in_float32(activation):
+    """Where oneDNN multiplies."""
+    inputs = make_inputs((4, 3), 0, ("bias", "residual"))
+    inputs = {name: None if value is None else value.float() for name, value in inputs.items()}
+    expected = op((4, 3), activation)(**inputs)
+    strided = {name: None if value is None else value.mT.contiguous().mT for name, value in inputs.items()}
+    torch.testing.assert_close(op((4, 3), activation)(**strided), expected)
+    inputs["bias"] = torch.ones(2, 1).expand(2, 3)
+    torch.testing.assert_close(op((4, 3), "")(**inputs), op((4, 3), "")(**inputs | {"bias": torch.ones(2, 3)}))
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("sizes", [(4, 3), (7, 0)])
+def test_computes_in_the_types_given_whatever_autocast_says(sizes, onednn, monkeypatch):
+    monkeypatch.setattr(_linear, "_goes_to_onednn", lambda x: onednn)
+    inputs = {n: v if v is None else v.float() for n, v in make_inputs(sizes, 0, ("bias",)).items()}
+    expected = op(sizes, "gelu")(**inputs)
+    inputs["x"].requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = op(sizes, "gelu")(**inputs)
+        assert torch.is_autocast_enabled("cpu")
+    out.sum().backward()
+    torch.testing.assert_close(out.detach(), expected)
+
+
 @table(EPILOGUES, "epilogue")
 @pytest.mark.parametrize("activation", ["", "gelu"])
 def test_derivatives(epilogue, activation):
@@ -131,6 +157,7 @@ def test_registration_of_the_backward(needs):
         ({"residual": normal(6, 3)}, ("residual", "[7, 3]", "got [6, 3]")),
         ({"row_scale": normal(7, 1)}, ("row_scale", "[7]", "got [7, 1]")),
         ({"group_offsets": offsets((7,))}, ("group_offsets", "[3]", "got [2]")),
+        ({"residual": normal(7, 3).float()}, ("residual must be torch.float64", "got torch.float32")),
         ({"weight": normal(2, 3, 5).float()}, ("weight must be torch.float64", "got torch.float32")),
         ({"activation": "relu"}, ("activation", "'', 'gelu'", "got 'relu'")),
     ],

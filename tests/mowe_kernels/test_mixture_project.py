@@ -186,13 +186,16 @@ def test_alignment_is_the_nearest_frame(clock, other):
 
 
 def test_no_family():
-    base, weight, bias = normal(7, BASE_WIDTH), normal(N, 3, BASE_WIDTH), normal(N)
+    base, weight, bias = (normal(*s).requires_grad_() for s in ((7, BASE_WIDTH), (N, 3, BASE_WIDTH), (N,)))
     out = mixture_project(
         base, [], normal(1, 2), base_starts=int32(0), base_lengths=int32(7), row_offsets=[],
         position=torch.zeros(1, 2, dtype=torch.int32), base_weight=weight, row_weights=[], bias=bias, base_clock=BASE,
         row_clocks=[], cu_seqlens=int32(0, 3), num_rows=3, stride=2,
     )  # fmt: skip
-    torch.testing.assert_close(out, functional.conv1d(base.T[None], weight.mT, bias, stride=2)[0].T)
+    expected = functional.conv1d(base.T[None], weight.mT, bias, stride=2)[0].T
+    torch.testing.assert_close(out, expected)
+    ours, theirs = (torch.autograd.grad(y.square().sum(), (base, weight, bias)) for y in (out, expected))
+    torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

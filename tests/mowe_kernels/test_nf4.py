@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from mowe_kernels import Nf4Weight, nf4_dequantize_grouped, nf4_quantize, use_backend
+from mowe_kernels.reference import nf4_nested
 
 SHAPES = [(1, 1), (3, 5), (7, 9), (8, 8), (64, 64), (33, 100), (130, 67), (96, 384), (300, 260)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -54,6 +55,18 @@ def test_bits_are_those_of_bitsandbytes(shape, double_quant):
 def test_other_block_sizes(blocksize):
     stack = weights((65, 127))
     assert_same(nf4_quantize(stack, blocksize, double_quant=True), stack, True)
+
+
+def test_the_tables_do_not_depend_on_defaults():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            code, nearest = nf4_nested.dynamic_code.__wrapped__(), nf4_nested._nearest.__wrapped__()
+    finally:
+        torch.set_default_dtype(before)
+    exact(code, bnb.create_dynamic_map())
+    exact(nearest, nf4_nested._nearest())
 
 
 def test_zero_blocks_and_values_between_two_codes():

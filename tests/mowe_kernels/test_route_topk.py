@@ -109,6 +109,11 @@ def test_registration_of_the_backward(top_k, top_k_independent):
     opcheck(torch.ops.mowe.route_topk_backward.default, (normal(BATCH, slots), *logits, indices, top_k_independent))
 
 
+def test_registration_of_the_backward_with_other_strides():
+    logits = normal(5, 3).T
+    opcheck(torch.ops.mowe.route_topk_backward.default, (normal(3, 2), logits, None, torch.zeros(3, 2).long(), 0))
+
+
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
@@ -119,6 +124,7 @@ def test_registration_of_the_backward(top_k, top_k_independent):
         ({"top_k_independent": 0}, ("learned_logits must be given exactly when", "fills 0")),
         ({"logits": normal(2, 5)}, ("logits", "[3, 5]", "got [2, 5]")),
         ({"learned_logits": normal(4)}, ("learned_logits", "[5]", "got [4]")),
+        ({"learned_logits": normal(5).half()}, ("of one type", "torch.float64 and torch.float16")),
         ({"lengths": int32(1, 2, 3)}, ("lengths", "[any, 3]", "got [3]")),
         ({"level_bounds": int32(0, 5)}, ("level_bounds", "[1, 2]", "got [2]")),
     ],

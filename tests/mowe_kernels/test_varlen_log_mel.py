@@ -67,6 +67,19 @@ def test_silence_is_even():
     assert op(((1, 2), (1, 6)))(parts, filters).eq(-1.5).all()
 
 
+def check_not_a_number(device: torch.device) -> None:
+    layout = (4, 40, 3), (4, 45, 3)
+    parts = spectrum_of(sum(layout[0]), 6).float().to(device)
+    parts[30, 2] = torch.nan
+    rows = op(layout)(parts, bank(6, 3).float().to(device) + 0.1)
+    before, among, after = (clip.isnan() for clip in rows.split(layout[1]))
+    assert among.all() and not before.any() and not after.any()
+
+
+def test_what_is_not_a_number_takes_its_clip_alone():
+    check_not_a_number(torch.device("cpu"))
+
+
 def test_types():
     for dtype in (torch.float32, torch.float64):
         assert op(((2,), (3,)))(normal(2, 5, 2).to(dtype), normal(5, 4).to(dtype)).dtype == dtype

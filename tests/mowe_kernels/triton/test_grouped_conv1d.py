@@ -86,6 +86,19 @@ def test_settings_of_every_architecture(dtype, capability, shape):
         check(Batch((270, 0, 35), ((0, 0), (1, 0), (2, 2))), shape, EPILOGUES["all"], dtype=dtype)
 
 
+def test_frames_without_a_position_get_none():
+    """What cannot be an error without waiting for the device is no other encoder's position either."""
+    batch, shape = BATCHES["one clip"], SHAPES["whisper 2"]
+    inputs = make_inputs(batch, shape, 0, ("positions",))
+    inputs = {name: None if value is None else value.float().to(DEVICE) for name, value in inputs.items()}
+    few = inputs | {"positions": inputs["positions"][:, :3].contiguous()}
+    padded = inputs["positions"].clone()
+    padded[:, 3:] = 0.0
+    with use_backend("triton"), override(**SMALL):
+        got, expected = (op(batch, shape, "")(**given) for given in (few, inputs | {"positions": padded}))
+    assert torch.equal(got, expected)
+
+
 def test_sequences_in_any_order():
     """Encoders need not be sorted, and there may be more sequences than one look of a search takes in."""
     pairs = tuple((clip if clip % 8 == 1 else None, clip * 7 % 3) for clip in range(270))

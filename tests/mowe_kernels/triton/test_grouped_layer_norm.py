@@ -51,6 +51,16 @@ def test_gradients_one_by_one(learning):
     assert_as_accurate_as_torch(op(sizes), make_inputs(sizes, 0, 19), sum(sizes), torch.float32, frozen)
 
 
+def test_reads_what_is_not_contiguous():
+    sizes = GROUPS["primes"]
+    at = torch.stack((offsets(sizes), offsets(sizes) + 1), 1).to(DEVICE)[:, 0]
+
+    def call(**inputs):
+        return grouped_layer_norm(**{name: v.mT.contiguous().mT for name, v in inputs.items()}, group_offsets=at)
+
+    assert_as_accurate_as_torch(call, make_inputs(sizes, 0, 19), sum(sizes), torch.float32)
+
+
 def test_refuses_types_it_cannot_compute_in():
     x, weight = torch.zeros(4, 3, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64)
     with use_backend("triton"), raises("grouped_layer_norm", "float64"):

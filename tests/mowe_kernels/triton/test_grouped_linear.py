@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mowe_kernels import grouped_linear, use_backend
+from mowe_kernels.triton import grouped_linear as gemms
 from mowe_kernels.triton._launch import ARCHITECTURES, assume, override
 from mowe_kernels.triton.grouped_linear import Tile
 from tests.mowe_kernels.checks import GROUPS, Inputs, normal, offsets, raises, rows_with_tail, table
@@ -81,12 +82,34 @@ def test_epilogues(epilogue):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("capability", [80, 86, 90])
 def test_settings_of_every_architecture(dtype, capability):
-    """The blocks of the tables, several of them in each direction, fetched through descriptors where they are."""
+    """The blocks of the tables, several of them in each direction."""
     sizes = (140, 0, 70)
     inputs = make_inputs(sizes, 5, EPILOGUES["all"][0], 72, 136)
     few_programs = ARCHITECTURES[capability]._replace(num_sms=1)
     with assume(few_programs), override(wgrad_chunk=80):
         assert_as_accurate_as_torch(op(sizes, "gelu"), inputs, sum(sizes), dtype)
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype.itemsize == 2])
+@pytest.mark.parametrize("n", [136, 192])
+def test_blocks_fetched_through_descriptors(dtype, n, monkeypatch):
+    """What another encoder's weights hold spreads to nobody's rows, nor where a block ends past an encoder's own."""
+    sizes, described = (140, 0, 70), []
+    inputs = make_inputs(sizes, 5, EPILOGUES["all"][0], 72, n)
+    inputs["weight"][1] = torch.inf
+    describe = gemms._descriptor
+    monkeypatch.setattr(gemms, "_descriptor", lambda *args: described.append(args) or describe(*args))
+    with assume(ARCHITECTURES[90]._replace(num_sms=1)), override(tma_products=0):
+        assert_as_accurate_as_torch(op(sizes, "gelu"), inputs, sum(sizes), dtype)
+    assert len(described) == (4 if n % 64 == 0 else 2)  # forward and, where blocks end with the weights, backward
+
+
+def test_tiles_in_several_bands():
+    """More tiles than a band has, in both directions."""
+    sizes = (100, 60, 37)
+    inputs = make_inputs(sizes, 0, ("bias",), 8, 40)
+    with override(**SMALL):
+        assert_as_accurate_as_torch(op(sizes, ""), inputs, sum(sizes), torch.float32)
 
 
 @pytest.mark.parametrize("learning", ["x", "weight", "bias", "row_scale"])
@@ -110,7 +133,9 @@ def test_reads_rows_that_are_not_contiguous():
     inputs = make_inputs(sizes, 0, ("bias", "residual"), *SHAPES["odd"])
 
     def call(x, weight, bias, residual, row_scale):
-        return op(sizes, "")(x.T.contiguous().T, weight.mT.contiguous().mT, bias, residual, row_scale)
+        x, weight, bias, residual = (value.mT.contiguous().mT for value in (x, weight, bias, residual))
+        at = torch.stack((offsets(sizes), offsets(sizes) + 1), 1).to(DEVICE)[:, 0]
+        return grouped_linear(x, weight, bias, at, residual=residual)
 
     with override(**SMALL):
         assert_as_accurate_as_torch(call, inputs, sum(sizes), torch.float32)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mowe_kernels import grouped_mlp, use_backend
+from mowe_kernels.triton import grouped_linear as gemms
 from mowe_kernels.triton._launch import ARCHITECTURES, assume, override
 from mowe_kernels.triton.grouped_linear import Tile
 from mowe_kernels.triton.grouped_mlp import Block
@@ -52,11 +53,35 @@ def test_is_as_accurate_as_torch(sizes, block, norm):
 @pytest.mark.parametrize("capability", [80, 86, 90, 100])
 @pytest.mark.parametrize("d", [136, 264])
 def test_settings_of_every_architecture(dtype, capability, d):
-    """The blocks of the tables, several of them in each direction, fetched through descriptors where they are."""
+    """The blocks of the tables, several of them in each direction."""
     sizes = (130, 0, 3)
     inputs = make_inputs(sizes, 5, d, 72)
     with assume(ARCHITECTURES[capability]):
         assert_as_accurate_as_torch(op(sizes), inputs, sum(sizes), dtype, frozen=tuple(inputs))
+
+
+@pytest.mark.parametrize("f", [72, 96])
+def test_blocks_fetched_through_descriptors(f, monkeypatch):
+    """What another encoder's weights hold spreads to nobody's rows, nor where a block ends past an encoder's own."""
+    sizes, described = (130, 0, 3), []
+    inputs = make_inputs(sizes, 5, 136, f)
+    inputs["fc1_weight"][1] = inputs["fc2_weight"][1] = torch.inf
+    describe = gemms._descriptor
+    monkeypatch.setattr(gemms, "_descriptor", lambda *args: described.append(args) or describe(*args))
+    with assume(ARCHITECTURES[90]), override(tma_products=0, mlp_block=Block(64, 32, 128, 8, 2)):
+        assert_as_accurate_as_torch(op(sizes), inputs, sum(sizes), torch.float16, frozen=tuple(inputs))
+    assert len(described) == (2 if f % 32 == 0 else 0)
+
+
+def test_reads_what_is_not_contiguous():
+    sizes = GROUPS["primes"]
+    at = torch.stack((offsets(sizes), offsets(sizes) + 1), 1).to(DEVICE)[:, 0]
+
+    def call(**inputs):
+        return grouped_mlp(**{name: v.mT.contiguous().mT for name, v in inputs.items()}, group_offsets=at)
+
+    with override(**SMALL):
+        assert_as_accurate_as_torch(call, make_inputs(sizes, 0, 29, 37), sum(sizes), torch.float32)
 
 
 @pytest.mark.parametrize("learning", ["x", "fc1_bias"])

@@ -58,6 +58,16 @@ def test_all_slots_alike(encoder):
         assert_same_plan(torch.full((7, 3), encoder), *layout)
 
 
+def test_an_encoder_that_is_not_there_is_an_unused_slot():
+    """What cannot be an error without waiting for the device is nobody's address either."""
+    indices, *layout = (x.to(DEVICE) for x in large_routing(9, 3, 4, 2))
+    indices[::2, 1], beyond = -1, indices.clone()
+    beyond[::2, 1] = 4
+    with use_backend("triton"):
+        for ours, theirs in zip(pack_plan(beyond, *layout), pack_plan(indices, *layout), strict=True):
+            assert torch.equal(ours, theirs)
+
+
 def test_no_clips():
     assert_same_plan(*large_routing(0, 2, 3, 2))
 

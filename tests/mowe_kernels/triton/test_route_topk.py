@@ -102,6 +102,11 @@ def test_no_clips():
         assert torch.equal(torch.autograd.grad(weights.sum(), learned_logits)[0], torch.zeros_like(learned_logits))
 
 
+def test_all_encoders_chosen_twice():
+    with override(pack_block=256):
+        assert_same_route(op(3, 40, 40, 40), normal(3, 40).float(), normal(40).float())
+
+
 def test_strides():
     logits = normal(4, 6).float().T.contiguous().T
     assert_same_route(op(4, 6, 2, 0), logits, None)

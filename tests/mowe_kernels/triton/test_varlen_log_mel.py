@@ -7,7 +7,7 @@ from mowe_kernels import use_backend
 from mowe_kernels.triton._launch import override
 from mowe_kernels.triton.varlen_log_mel import Tile
 from tests.mowe_kernels.checks import normal, raises, table
-from tests.mowe_kernels.test_varlen_log_mel import LAYOUTS, Layout, bank, op, spectrum_of
+from tests.mowe_kernels.test_varlen_log_mel import LAYOUTS, Layout, bank, check_not_a_number, op, spectrum_of
 from tests.mowe_kernels.triton.accuracy import DEVICE, assert_as_accurate_as_torch
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -62,6 +62,11 @@ def test_more_tiles_than_are_looked_at_at_once():
 
 def test_more_clips_than_are_looked_at_at_once():
     check(((1, 5, 3) * 50, (3, 5, 4) * 50), 5, 8)
+
+
+def test_what_is_not_a_number_takes_its_clip_alone():
+    with use_backend("triton"), override(log_mel_tile=Tile(16, 16, 16, 4)):
+        check_not_a_number(DEVICE)
 
 
 def test_two_runs_are_bitwise_equal():
