@@ -195,5 +195,6 @@ def compilations(capability: int) -> Iterator[Compilation]:
             "2 of 8 encoders, 3 levels": lambda: route(8, 3, 0, 2),
             "2 of 16 encoders, 3 levels": lambda: route(16, 3, 0, 2),
             "4+4 of 128 encoders, 16 levels": lambda: route(128, 16, 4, 4),
+            "64+64 of 64 encoders, 3 levels": lambda: route(64, 3, 64, 64),
         },
     )

@@ -17,6 +17,7 @@ from mowe_kernels.dtypes import accumulation_dtype
 from mowe_kernels.tune.accuracy import Inputs
 
 TAIL = 5  # rows of nobody
+MANY = 40  # clips, where there are many
 ANALYSIS, HOP = 400, 160  # samples of a clip that a frame sees, and from one frame to the next
 EVEN_FOR_FEW_ROWS = {"tma_products": 0}  # blocks fetched through descriptors
 
@@ -56,6 +57,7 @@ def cases(size: Size, device: torch.device) -> dict[str, list[Case]]:
     return {
         "grouped_linear": [
             *(made.linear(), made.linear(("bias",), "gelu"), made.linear(("bias", "residual"))),
+            made.linear(("bias", "row_scale"), "gelu"),
             made.linear(("bias",), "gelu")._replace(settings=EVEN_FOR_FEW_ROWS),
         ],
         "grouped_linear_nf4": [made.linear_nf4(False), made.linear_nf4(True)],
@@ -71,7 +73,7 @@ def cases(size: Size, device: torch.device) -> dict[str, list[Case]]:
         ],
         "sequence_norm": [made.sequence_norm()],
         "sequence_mean": [made.sequence_mean()],
-        "mixture_project": [made.project(3, 2, 1), made.project(4, 4, 0)],
+        "mixture_project": [made.project(3, 2, 1), made.project(4, 4, 0), made.project_of_many(3, 2, 1)],
         "varlen_stft": [made.stft(0), made.stft(max(size.rows) * HOP)],
         "varlen_log_mel": [made.log_mel(0), made.log_mel(50)],
         "route_topk": [made.route()],
@@ -87,9 +89,11 @@ class _Maker:
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
         return scale * torch.randn(shape, generator=self.random, dtype=torch.float64).to(self.device)
 
-    def packed(self, *widths: int) -> Tensor:
-        rows = self.normal(self.size.total + TAIL, *widths)
-        rows[self.size.total :] = torch.nan
+    def packed(self, *widths: int, count: int = 0) -> Tensor:
+        """Rows, as many as the encoders have without `count`, then the tail."""
+        count = count or self.size.total
+        rows = self.normal(count + TAIL, *widths)
+        rows[count:] = torch.nan
         return rows
 
     def int32(self, values: list[int]) -> Tensor:
@@ -101,14 +105,10 @@ class _Maker:
 
     def linear(self, epilogue: tuple[str, ...] = (), activation: str = "") -> Case:
         (e, d, n), offsets = (len(self.size.rows), self.size.width, self.size.hidden), self.offsets
-        inputs = {"x": self.packed(d), "weight": self.normal(e, n, d, scale=d**-0.5), "bias": None, "residual": None}
-        values = {"bias": self.normal(e, n), "residual": self.packed(n)}
+        values = {"bias": self.normal(e, n), "residual": self.packed(n), "row_scale": self.packed()}
+        inputs = {"x": self.packed(d), "weight": self.normal(e, n, d, scale=d**-0.5), "bias": None}
         inputs |= {name: values[name] for name in epilogue}
-
-        def op(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-            return mk.grouped_linear(x, weight, bias, offsets, activation=activation, residual=residual)
-
-        return Case(op, inputs, self.size.total)
+        return Case(partial(mk.grouped_linear, group_offsets=offsets, activation=activation), inputs, self.size.total)
 
     def linear_nf4(self, double_quant: bool) -> Case:
         (e, d, n), offsets = (len(self.size.rows), self.size.width, self.size.hidden), self.offsets
@@ -172,22 +172,30 @@ class _Maker:
         op = partial(mk.sequence_mean, starts=self.offsets[:-1], lengths=self.int32([*self.size.rows]))
         return Case(op, {"x": self.packed(self.size.width)}, len(self.size.rows))
 
-    def project(self, taps: int, stride: int, padding: int) -> Case:
-        """Clip b has as many frames as encoder b has rows, and chose encoder b and the one after it."""
-        lengths, (e, d) = self.size.rows, (len(self.size.rows), self.size.width)
+    def project_of_many(self, taps: int, stride: int, padding: int) -> Case:
+        """Short clips, enough of them for the error of the slots' weights not to be the luck of a few."""
+        lengths = (max(1, self.size.total // MANY),) * MANY
+        return self.project(taps, stride, padding, lengths)._replace(frozen=())
+
+    def project(self, taps: int, stride: int, padding: int, lengths: tuple[int, ...] = ()) -> Case:
+        """Clip b chose encoder b (of E, modulo E) and the one after it. lengths: of the clips, in frames; the rows of
+        each encoder without.
+        """
+        lengths, (e, d) = lengths or self.size.rows, (len(self.size.rows), self.size.width)
         base_width, n = self.size.channels, self.size.hidden
-        indices = torch.tensor([[b, (b + 1) % e] for b in range(e)])
+        indices = torch.tensor([[b % e, (b + 1) % e] for b in range(len(lengths))])
         plan = mk.PackPlan.build(indices, [lengths], mk.PackLayout.build([0] * e, [1]))
         rows = plan.family(0).rows
         frames = [max(0, (t + 2 * padding - taps) // stride + 1) if t else 0 for t in lengths]
         inputs = {
-            "base": self.packed(base_width), "rows": self.normal(rows.num_rows, d), "weights": self.normal(e, 2),
+            "base": self.packed(base_width, count=sum(lengths)), "rows": self.normal(rows.num_rows, d),
+            "weights": self.normal(len(lengths), 2),
             "base_weight": self.normal(n, taps, base_width, scale=(taps * base_width) ** -0.5),
             "row_weights": self.normal(2, n, taps, d, scale=(taps * d) ** -0.5), "bias": self.normal(n),
         }  # fmt: skip
         clock = mk.FrameClock(320, 0)
         layout = {
-            "base_starts": self.offsets[:-1], "base_lengths": self.int32([*lengths]),
+            "base_starts": self.int32([0, *accumulate(lengths)])[:-1], "base_lengths": self.int32([*lengths]),
             "row_offsets": [rows.cu_seqlens.to(self.device)], "position": plan.position.to(self.device),
             "base_clock": clock, "row_clocks": [clock], "cu_seqlens": self.int32([0, *accumulate(frames)]),
             "num_rows": sum(frames), "stride": stride, "padding": padding, "activation": "gelu",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from mowe_kernels import LayerParameters, encoder_layer
+from mowe_kernels.triton import _launch
 from mowe_kernels.triton._launch import override
 from mowe_kernels.triton._repeat import noted
 from mowe_kernels.triton.grouped_linear import Tile
@@ -47,15 +50,15 @@ import torch
 from mowe_kernels import LayerParameters, use_backend
 from mowe_kernels.ops.encoder_layer import BACKWARD, FORWARD
 from mowe_kernels.reference import encoder_layer as parts
-from mowe_kernels.triton import _launch, encoder_layer as repeated
+from mowe_kernels.triton import _launch, _repeat, encoder_layer as repeated
 from mowe_kernels.triton.grouped_mlp import Block
 
 _launch.Launch.__call__ = lambda self, programs, *args: self._start(-1, programs, args)
 repeated._repeatable = lambda inputs: True
 repeated.attention.choose = lambda *args: repeated.varlen_attention
-D, F, E = 64, 128, 2
+D, E = 64, 2
 
-def layer(shift):
+def layer(shift=0, F=128):
     shapes = (E, D), (E, D), (E, 3 * D, D), (E, 3 * D), (E, D, D), (E, D)
     shapes += (E, D), (E, D), (E, F, D), (E, F), (E, D, F), (E, D)
     sizes = [torch.Size(shape).numel() for shape in shapes]
@@ -72,9 +75,10 @@ def named(inputs, results):
     started.clear()
     return found, [(result.shape, result.dtype) for result in results]
 
-def run(module, parameters, count, how, needs):
-    x, offsets = torch.zeros(count, D, dtype=torch.bfloat16), torch.tensor([0, count // 2, count], dtype=torch.int32)
-    given = x, parameters, offsets.clone(), offsets
+def run(module, parameters, count, how, needs, sequences=2, integers=torch.int32):
+    x, offsets = torch.zeros(count, D, dtype=torch.bfloat16), torch.tensor([0, count // 2, count], dtype=integers)
+    cu_seqlens = torch.linspace(0, count, sequences + 1).to(torch.int32)
+    given = x, parameters, offsets, cu_seqlens
     inputs = x, *parameters, *given[2:]
     with _launch.noting():  # which keeps temporaries, so that no two have one address
         plain = named(inputs, module.forward(FORWARD, False, *given, *how))
@@ -84,20 +88,38 @@ def run(module, parameters, count, how, needs):
         results = module.backward(BACKWARD, needs, grad, *given, saved, *how)
         return plain, forward, named((*inputs, grad, *saved), results)
 
-first, second, shifted = layer(0), layer(0), layer(1)
-tries = (first, 40), (first, 40), (second, 40), (second, 44), (shifted, 40), (first, 40), (shifted, 40)
+first, second, shifted, narrow = layer(), layer(), layer(shift=1), layer(F=64)
+tries = (
+    (first, 40), (first, 40), (second, 40), (second, 44), (shifted, 40), (narrow, 40), (first, 40, 3),
+    (first, 40, 2, torch.int64),
+)
 all_needed, some_needed = (True,) * 13, (False, *(True,) * 4, *(False,) * 8)
 for pre_norm, block in itertools.product((True, False), (None, Block(64, 32, 64, 4, 2))):
     needs = some_needed if block is None else all_needed
     with use_backend("triton"), _launch.assume(_launch.ARCHITECTURES[90]), _launch.override(mlp_block=block):
         how = 40, 2, pre_norm, 1e-5, False
         run(parts, first, 40, how, needs)  # compiles
-        for parameters, count in tries:
-            expected = run(parts, parameters, count, how, needs)
+        for parameters, count, *others in tries * 2:
+            expected = run(parts, parameters, count, how, needs, *others)
             assert len(expected[0][0]) == (7 if block is None else 5 if pre_norm else 6)
-            assert run(repeated, parameters, count, how, needs) == expected
-        # by direction, sizes and alignments, not by layers
-        assert len(repeated._kept) == 9 and all(repeated._kept.values())
+            assert run(repeated, parameters, count, how, needs, *others) == expected
+        # by direction, sizes, types and alignments, not by layers
+        assert len(repeated._kept) == 18 and all(repeated._kept.values())
+
+how = 40, 2, True, 1e-5, False
+for module, name, value, kept, not_repeated in (
+    (repeated.attention, "choose", lambda *args: parts, 3, 3),  # by somebody else's kernels
+    (_repeat, "MOST_BYTES", 0, 3, 2),  # what a forward saves is no temporary
+    (repeated, "MOST_BYTES", 0, 0, 0),
+):
+    before = getattr(module, name)
+    setattr(module, name, value)
+    with use_backend("triton"), _launch.assume(_launch.ARCHITECTURES[90]):
+        for _ in range(2):
+            assert run(repeated, first, 40, how, all_needed) == run(parts, first, 40, how, all_needed)
+        assert len(repeated._kept) == kept
+        assert [*repeated._kept.values()].count(None) == not_repeated
+    setattr(module, name, before)
 print("the same")
 """
 
@@ -108,6 +130,21 @@ def test_a_repeated_layer_launches_what_its_parts_do():
 
 def test_what_cannot_be_repeated_is_not():
     x, y, z = torch.zeros(3), torch.zeros(3), torch.zeros(3)
-    assert noted((x, y), lambda: (z,))[1] is not None
-    assert noted((x, x), lambda: (z,))[1] is None
-    assert noted((x, y), lambda: (x,))[1] is None
+    between = torch.zeros(64)
+
+    def repeatable(inputs: tuple[Tensor, ...], result: Tensor, *args: Any) -> bool:
+        """Whether a computation of `result` that launches a kernel with these arguments is."""
+
+        def compute() -> tuple[Tensor, ...]:
+            _launch._noting.launches.append((None, 1, (*inputs, *args, result)))
+            return (result,)
+
+        return noted(inputs, compute)[1] is not None
+
+    assert repeatable((x, y), z)
+    assert repeatable((x, y), z, between, 3, 0.5, None)
+    assert not repeatable((x, x), z)
+    assert not repeatable((x, y), x)
+    assert not repeatable((x, y), z, "a descriptor, say")
+    assert not repeatable((x, y), z, between[4:])  # who knows where it begins next time
+    assert not repeatable((x, y), z, between.view(torch.uint8)[1:])
