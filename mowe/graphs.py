@@ -139,6 +139,8 @@ def _key(family: EncoderFamily) -> Key:
 
 def _capture(run: Callable[[], MixtureOutput], device: torch.device) -> Callable[[], MixtureOutput]:
     """What repeats the launches of `run`, and gives its result, always in the same tensors."""
+    if device.type != "cuda":
+        raise ConfigError(f"a CUDA graph needs the mixture on a CUDA device, it is on {device}")
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):  # compiles the kernels, which cannot be done while a graph is made

@@ -139,11 +139,20 @@ def check_shape(op: str, name: str, tensor: torch.Tensor, expected: tuple[int | 
 
 
 def check_dtype(op: str, x: torch.Tensor, **others: torch.Tensor | None) -> None:
-    """Raise ValueError unless the tensors that are there have the type of x."""
-    dtype = x.dtype
+    """Raise ValueError unless the tensors that are there have the type of x, and lie where it does."""
+    dtype, device = x.dtype, x.device
     for name, tensor in others.items():
         if tensor is not None and tensor.dtype != dtype:
             raise ValueError(f"{op}: {name} must be {dtype} as the rows are, got {tensor.dtype}")
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{op}: {name} must be on {device} as the rows are, got {tensor.device}")
+
+
+def check_offsets(op: str, name: str, offsets: torch.Tensor, count: int | None, meaning: str) -> None:
+    """Raise ValueError unless the offsets are `count` integers (None: any number), saying what was got."""
+    check_shape(op, name, offsets, (count,), f"row offsets {meaning}")
+    if offsets.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{op}: {name} must be integers, got {offsets.dtype}")
 
 
 def empty(like: torch.Tensor) -> torch.Tensor:

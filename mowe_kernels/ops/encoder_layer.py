@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mowe_kernels.backend import implementation
 from mowe_kernels.ops import grouped_layer_norm, grouped_linear, grouped_mlp, varlen_attention
-from mowe_kernels.ops._op import check, check_shape, needs_grad, traced
+from mowe_kernels.ops._op import check, check_offsets, check_shape, needs_grad, traced
 from mowe_kernels.reference import encoder_layer as reference
 
 
@@ -130,5 +130,5 @@ def _check(x: Tensor, parameters: LayerParameters, group_offsets: Tensor, cu_seq
         for name, tensor, shape in zip(p._fields, p, shapes, strict=True):
             check_shape(op, name, tensor, shape, "stacked parameters")
             check(tensor.dtype == x.dtype, op, f"{name} must be {x.dtype} as the rows are, got {tensor.dtype}")
-    check_shape(op, "group_offsets", group_offsets, (e + 1,), "row offsets [E+1]")
-    check_shape(op, "cu_seqlens", cu_seqlens, (None,), "row offsets [S+1]")
+    check_offsets(op, "group_offsets", group_offsets, e + 1, "[E+1]")
+    check_offsets(op, "cu_seqlens", cu_seqlens, None, "[S+1]")

@@ -6,7 +6,17 @@ from typing import Any
 
 from torch import Tensor
 
-from mowe_kernels.ops._op import DifferentiableOp, Op, check, check_dtype, check_shape, empty, needs_grad, optional
+from mowe_kernels.ops._op import (
+    DifferentiableOp,
+    Op,
+    check,
+    check_dtype,
+    check_offsets,
+    check_shape,
+    empty,
+    needs_grad,
+    optional,
+)
 from mowe_kernels.ops.grouped_linear import ACTIVATIONS
 
 
@@ -115,12 +125,12 @@ def grouped_conv1d(
         ("bias", bias, (encoders, n), "stacked biases [E, N]"),
         ("lengths", lengths, (pairs,), "frames of each sequence [P]"),
         ("encoder", encoder, (pairs,), "encoder of each sequence [P]"),
-        ("cu_seqlens", cu_seqlens, (pairs + 1,), "row offsets [P+1]"),
         ("positions", positions, (encoders, None, n), "position embeddings [E, Tmax, N]"),
         ("residual", residual, (num_rows, n), "rows to add [R, N]"),
     ):
         if tensor is not None:
             check_shape(op, name, tensor, shape, meaning)
+    check_offsets(op, "cu_seqlens", cu_seqlens, pairs + 1, "[P+1]")
     check(activation in ACTIVATIONS, op, f"activation must be one of {ACTIVATIONS}, got {activation!r}")
     check_dtype(op, x, weight=weight, bias=bias, positions=positions, residual=residual)
     save_pre = activation != "" and needs_grad(x, weight, bias)

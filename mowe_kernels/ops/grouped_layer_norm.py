@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mowe_kernels.ops._op import DifferentiableOp, Op, check, check_dtype, check_shape, empty, optional
+from mowe_kernels.ops._op import DifferentiableOp, Op, check, check_dtype, check_offsets, check_shape, empty, optional
 from mowe_kernels.ops.grouped_linear import ACTIVATIONS
 
 
@@ -62,7 +62,7 @@ def grouped_layer_norm(
     check_shape("grouped_layer_norm", "x", x, (None, None), "packed rows [R, D]")
     check_shape("grouped_layer_norm", "weight", weight, (None, x.shape[1]), "stacked weights [E, D]")
     check_shape("grouped_layer_norm", "bias", bias, tuple(weight.shape), "stacked biases [E, D]")
-    check_shape("grouped_layer_norm", "group_offsets", group_offsets, (weight.shape[0] + 1,), "row offsets [E+1]")
+    check_offsets("grouped_layer_norm", "group_offsets", group_offsets, weight.shape[0] + 1, "[E+1]")
     check(
         activation in ACTIVATIONS, "grouped_layer_norm", f"activation must be one of {ACTIVATIONS}, got {activation!r}"
     )

@@ -6,7 +6,17 @@ from typing import Any
 
 from torch import Tensor
 
-from mowe_kernels.ops._op import DifferentiableOp, Op, check, check_dtype, check_shape, empty, needs_grad, optional
+from mowe_kernels.ops._op import (
+    DifferentiableOp,
+    Op,
+    check,
+    check_dtype,
+    check_offsets,
+    check_shape,
+    empty,
+    needs_grad,
+    optional,
+)
 
 ACTIVATIONS = ("", "gelu")
 
@@ -86,7 +96,7 @@ def grouped_linear(
     rows, k = x.shape
     check_shape("grouped_linear", "weight", weight, (None, None, k), "stacked weights [E, N, K]")
     encoders, n, _ = weight.shape
-    check_shape("grouped_linear", "group_offsets", group_offsets, (encoders + 1,), "row offsets [E+1]")
+    check_offsets("grouped_linear", "group_offsets", group_offsets, encoders + 1, "[E+1]")
     for name, tensor, shape, meaning in (
         ("bias", bias, (encoders, n), "stacked biases [E, N]"),
         ("residual", residual, (rows, n), "rows to add [R, N]"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mowe_kernels.backend import implementation
-from mowe_kernels.ops._op import Op, check, check_dtype, check_shape, needs_grad
+from mowe_kernels.ops._op import Op, check, check_dtype, check_offsets, check_shape, needs_grad
 from mowe_kernels.ops.grouped_linear import ACTIVATIONS, grouped_linear
 from mowe_kernels.ops.nf4_dequantize_grouped import Nf4Matrix, nf4_dequantize_grouped
 
@@ -47,7 +47,7 @@ def grouped_linear_nf4(
     matrix.check(op)
     encoders = matrix.codes.shape[0]
     check_shape(op, "x", x, (None, matrix.columns), "packed rows [R, K]")
-    check_shape(op, "group_offsets", group_offsets, (encoders + 1,), "row offsets [E+1]")
+    check_offsets(op, "group_offsets", group_offsets, encoders + 1, "[E+1]")
     for name, tensor, shape in (("bias", bias, (encoders, matrix.rows)), ("residual", residual, (len(x), matrix.rows))):
         if tensor is not None:
             check_shape(op, name, tensor, shape, "a value for every column of the result")

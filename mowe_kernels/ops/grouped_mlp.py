@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mowe_kernels.ops._op import DifferentiableOp, Op, check, check_dtype, check_shape, empty, optional
+from mowe_kernels.ops._op import DifferentiableOp, Op, check, check_dtype, check_offsets, check_shape, empty, optional
 
 
 def _fake(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, group_offsets, eps):
@@ -93,10 +93,10 @@ def grouped_mlp(
         ("fc1_bias", fc1_bias, (encoders, hidden), "stacked biases [E, F]"),
         ("fc2_weight", fc2_weight, (encoders, d, hidden), "stacked weights [E, D, F]"),
         ("fc2_bias", fc2_bias, (encoders, d), "stacked biases [E, D]"),
-        ("group_offsets", group_offsets, (encoders + 1,), "row offsets [E+1]"),
     ):
         if tensor is not None:
             check_shape(op, name, tensor, shape, meaning)
+    check_offsets(op, "group_offsets", group_offsets, encoders + 1, "[E+1]")
     norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
     check_dtype(op, x, **norm, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
     return OP(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, group_offsets, eps)

@@ -8,7 +8,17 @@ from typing import Any
 
 from torch import Tensor
 
-from mowe_kernels.ops._op import DifferentiableOp, Op, check, check_dtype, check_shape, empty, needs_grad, optional
+from mowe_kernels.ops._op import (
+    DifferentiableOp,
+    Op,
+    check,
+    check_dtype,
+    check_offsets,
+    check_shape,
+    empty,
+    needs_grad,
+    optional,
+)
 from mowe_kernels.ops.grouped_linear import ACTIVATIONS
 
 
@@ -168,7 +178,7 @@ def mixture_project(
         check_shape(op, f"row_weights[{f}]", w, sizes, "weights of the slots [k, N, taps, D]")
     if bias is not None:
         check_shape(op, "bias", bias, (n,), "biases [N]")
-    check_shape(op, "cu_seqlens", cu_seqlens, (batch + 1,), "row offsets [B+1]")
+    check_offsets(op, "cu_seqlens", cu_seqlens, batch + 1, "[B+1]")
     check(stride > 0, op, f"stride must be positive, got {stride}")
     check(padding >= 0, op, f"padding must not be negative, got {padding}")
     check(activation in ACTIVATIONS, op, f"activation must be one of {ACTIVATIONS}, got {activation!r}")

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mowe_kernels.ops._op import DifferentiableOp, Op, check, check_dtype, check_shape, empty, optional
+from mowe_kernels.ops._op import DifferentiableOp, Op, check, check_dtype, check_offsets, check_shape, empty, optional
 from mowe_kernels.ops.grouped_linear import ACTIVATIONS
 
 
@@ -70,7 +70,7 @@ def sequence_norm(
     check_shape("sequence_norm", "weight", weight, (None, x.shape[1]), "stacked weights [E, N]")
     check_shape("sequence_norm", "bias", bias, tuple(weight.shape), "stacked biases [E, N]")
     check_shape("sequence_norm", "encoder", encoder, (None,), "encoder of each sequence [P]")
-    check_shape("sequence_norm", "cu_seqlens", cu_seqlens, (encoder.shape[0] + 1,), "row offsets [P+1]")
+    check_offsets("sequence_norm", "cu_seqlens", cu_seqlens, encoder.shape[0] + 1, "[P+1]")
     check(activation in ACTIVATIONS, "sequence_norm", f"activation must be one of {ACTIVATIONS}, got {activation!r}")
     check_dtype("sequence_norm", x, weight=weight, bias=bias)
     return _op(x, weight, bias, encoder, cu_seqlens, eps, activation)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from mowe_kernels.dtypes import accumulation_dtype
-from mowe_kernels.ops._op import DifferentiableOp, Op, check_shape, empty, needs_grad
+from mowe_kernels.ops._op import DifferentiableOp, Op, check_offsets, check_shape, empty, needs_grad
 
 
 def _fake(qkv, cu_seqlens, max_seqlen, scale, save_lse, equal_lengths=False):
@@ -65,6 +65,6 @@ def varlen_attention(
     Raises ValueError for shapes that do not fit.
     """
     check_shape("varlen_attention", "qkv", qkv, (None, 3, None, None), "queries, keys and values [R, 3, H, Dh]")
-    check_shape("varlen_attention", "cu_seqlens", cu_seqlens, (None,), "row offsets [S+1]")
+    check_offsets("varlen_attention", "cu_seqlens", cu_seqlens, None, "[S+1]")
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     return OP(qkv, cu_seqlens, max_seqlen, scale, needs_grad(qkv), equal_lengths)[0]

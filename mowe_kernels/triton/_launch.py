@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from triton import knobs
+from triton import JITFunction, knobs
 from triton.runtime import driver
 
 from mowe_kernels import tables
@@ -208,7 +208,12 @@ class Launch:
             _state["launches"].append(_describe(self, args))
             return
         index = (args[0] if isinstance(args[0], Tensor) else args[0].base).get_device()
-        if index < 0:  # in Triton's interpreter
+        if index < 0:
+            if isinstance(self.kernel, JITFunction):
+                raise ValueError(
+                    "the Triton kernels take tensors on the CPU only in Triton's interpreter: "
+                    "set TRITON_INTERPRET=1 before triton is imported"
+                )
             self._by_triton(programs, args)
         elif index == torch.cuda.current_device():
             self._start(index, programs, args)

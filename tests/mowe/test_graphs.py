@@ -138,3 +138,9 @@ def test_more_than_was_captured_for(lengths, said):
 def test_bounds_that_cannot_be(bounds, error, said):
     with pytest.raises(error, match=said):
         mixture().capture(*bounds)
+
+
+def test_there_is_no_cuda_graph_elsewhere(monkeypatch):
+    monkeypatch.undo()  # the stand-in
+    with pytest.raises(ConfigError, match="needs the mixture on a CUDA device, it is on cpu"):
+        mixture().capture(CLIPS, SAMPLES, FRAMES)

@@ -4,6 +4,17 @@ from __future__ import annotations
 
 from tests.mowe_kernels.triton.no_gpu import printed_by
 
+ON_THE_CPU = """
+import torch
+from mowe_kernels import sequence_mean, use_backend
+
+with use_backend("triton"):
+    try:
+        sequence_mean(torch.zeros(4, 3), torch.zeros(1).int(), torch.ones(1).int())
+    except ValueError as error:
+        print(error)
+"""
+
 SCRIPT = """
 import torch
 from mowe_kernels.triton import _attention, _gemm, _launch
@@ -54,3 +65,7 @@ print("the same")
 
 def test_a_launch_without_triton_is_the_one_with_it():
     assert printed_by(SCRIPT) == "the same"
+
+
+def test_tensors_on_the_cpu_need_the_interpreter():
+    assert "TRITON_INTERPRET=1" in printed_by(ON_THE_CPU)
