@@ -245,7 +245,7 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
         given as modules become part of the new model, which has the language model's device and dtype.
         audio_token_id: the placeholder, as in MoweProcessor.audio_token_id. settings: other fields of MoweConfig; their
         defaults are the paper's arrangement, with Whisper-large as audio_tower and two Whisper-tiny, HuBERT-base and
-        HuBERT-base-er as pool.
+        HuBERT-base-er as pool. All parts are in full precision; `mowe.quantize` takes the model made of them.
         Raises CheckpointError for checkpoints that cannot be read, ConfigError for parts that do not go together.
         """
         if not isinstance(audio_tower, nn.Module):
@@ -256,6 +256,10 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
             pool = EncoderPool.from_pretrained(pool, settings.get("context", "window"))
         if not isinstance(language_model, PreTrainedModel):
             language_model = load_language_model(str(language_model))
+        in_few_bits = getattr(language_model.config, "quantization_config", None) is not None
+        for part, quantized in {"pool": pool.quantized, "language model": in_few_bits}.items():
+            if quantized:
+                raise ConfigError(f"the {part} is quantised; give it in full precision, and quantise the whole model")
         config = MoweConfig(
             audio_config=base.config,
             pool_config=pool.config,

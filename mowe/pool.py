@@ -17,6 +17,7 @@ from mowe.checkpoint import load_pretrained_encoder, normalizes
 from mowe.configuration_mowe import MowePoolConfig
 from mowe.errors import ConfigError, naming
 from mowe.families import ClipFeatures, Context, EncoderFamily, family_class, find_encoder
+from mowe.families.nf4 import Nf4StackedLinear
 from mowe_kernels import PackLayout, PackPlan
 from mowe_kernels.backend import implementation
 
@@ -137,6 +138,11 @@ class EncoderPool(nn.Module):
     @property
     def num_encoders(self) -> int:
         return len(self.config.encoders or ())
+
+    @property
+    def quantized(self) -> bool:
+        """Whether its layers are in 4 bits."""
+        return any(isinstance(module, Nf4StackedLinear) for module in self.modules())
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -132,6 +132,8 @@ def attach(
         raise ConfigError(f"fusion of a {model.config.model_type!r} model must be {allowed}, got {fusion!r}")
     if not isinstance(pool, EncoderPool):
         raise ConfigError(f"expected an EncoderPool, got {type(pool).__name__}")
+    if pool.quantized:
+        raise ConfigError("the pool is quantised; attach it in full precision, only the model itself may be in 4 bits")
     device, dtype = _place_of(model, layout)
     first = next(pool.parameters())
     if (first.device, first.dtype) != (device, dtype):
