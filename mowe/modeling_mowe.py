@@ -17,6 +17,7 @@ from transformers import (
     BitsAndBytesConfig,
     Cache,
     GenerationMixin,
+    LogitsProcessorList,
     PreTrainedModel,
 )
 from transformers.generation import GenerationMode
@@ -124,6 +125,11 @@ class MoweModel(MowePreTrainedModel):
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         if "past_key_values" not in signature(self.language_model.forward).parameters:
             raise ConfigError(f"a {config.text_config.model_type!r} language model has no past_key_values")
+        width, hidden_size = self.get_input_embeddings().weight.shape[1], config.text_config.hidden_size
+        if width != hidden_size:
+            raise ConfigError(
+                f"the language model's embeddings have width {width}, expected its hidden_size {hidden_size}"
+            )
         self._layouts: dict[torch.device, PackLayout] = {}
         self.post_init()
 
@@ -315,17 +321,24 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> Tensor | ModelOutput:
         """As in transformers. The audio is encoded once, whatever the number of steps, beams and returned sequences.
+        The placeholder of audio is never an answer.
 
-        Raises ConfigError for assisted decoding of a prompt with audio: transformers' would lose candidate tokens.
+        Raises ConfigError for audio without input_ids, and for assisted decoding of a prompt with audio: transformers'
+        would lose candidate tokens.
         """
         input_ids = inputs if input_ids is None else input_ids
         if input_features is not None:
+            if input_ids is None:
+                raise ConfigError("expected input_ids with the places of input_features, got none")
             settings = deepcopy(kwargs.get("generation_config") or self.generation_config)
             settings.update(**kwargs)
             if settings.get_generation_mode(kwargs.get("assistant_model")) == GenerationMode.ASSISTED_GENERATION:
                 raise ConfigError("assisted decoding is not supported for a prompt with audio")
             kwargs["inputs_embeds"], _ = self.model.embed(input_ids, input_features, input_features_mask)
         return super().generate(input_ids, **kwargs)
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        return _LogitsProcessors(super()._get_logits_processor(*args, **kwargs), self.config.audio_token_id)
 
     def lora_config(self, **settings: Any):
         """A peft LoraConfig on the linear layers of the language model alone: not on its head, towers or projector.
@@ -397,6 +410,22 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
             router_logits=mixture.router_logits if mixture is not None else None,
             router_indices=mixture.indices if mixture is not None else None,
         )
+
+
+class _LogitsProcessors(LogitsProcessorList):
+    """Those of transformers, for which the placeholder is a token like any other, but one that is never chosen."""
+
+    def __init__(self, processors: LogitsProcessorList, placeholder: int):
+        super().__init__(processors)
+        self.placeholder = placeholder
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        size = scores.shape[1]
+        # Where it lies outside the vocabulary, the ids of the prompt would point past the scores.
+        tokens = torch.arange(max(size, self.placeholder + 1), device=scores.device)
+        scores = nn.functional.pad(scores, (0, len(tokens) - size), value=float("-inf"))
+        scores = scores.masked_fill(tokens == self.placeholder, float("-inf"))
+        return super().__call__(input_ids, scores, **kwargs)[:, :size]
 
 
 def _with_quantization(source: str, settings: dict[str, Any]) -> dict[str, Any]:
