@@ -29,7 +29,7 @@ from mowe.audio import AudioBatch
 from mowe.checkpoint import StoredTensor, check_keys, check_source, load_pretrained_encoder, normalizes, read_model
 from mowe.configuration_mowe import MoweConfig
 from mowe.errors import AudioError, ConfigError, naming
-from mowe.families import ClipFeatures, EncoderFamily, family_class, find_encoder
+from mowe.families import FAMILIES, ClipFeatures, EncoderFamily, family_class, find_encoder
 from mowe.families.stacked import StackedConv, StackedLinear, StackedNorm
 from mowe.losses import loss_share
 from mowe.mixture import MixtureOfWeakEncoders, MixtureOutput
@@ -78,7 +78,8 @@ class MowePreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("audio", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ("StackedLayer",)
+    # A family and the mixture read their parts without calling them: no hook of accelerate would move what they need.
+    _no_split_modules = (*(family.__name__ for family in FAMILIES.values()), MixtureOfWeakEncoders.__name__)
     _skip_keys_device_placement = ("past_key_values",)
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -201,23 +202,26 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], *args: Any, **kwargs: Any):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str] | None, *args: Any, **kwargs: Any):
         """As in transformers, but missing, surplus or misshapen parameters and damaged files raise CheckpointError.
 
         quantization_config: a MoweQuantizationConfig, or a BitsAndBytesConfig with load_in_4bit, whose list of modules
-        to skip adds to the routers, norms, projector and head, which are never quantised.
+        to skip adds to the routers, norms, projector and head, which are never quantised. device_map: only the language
+        model can be offloaded; where it offloads something else, ConfigError is raised.
         """
-        source, want_info = str(pretrained_model_name_or_path), kwargs.pop("output_loading_info", False)
+        source = None if pretrained_model_name_or_path is None else str(pretrained_model_name_or_path)
+        want_info = kwargs.pop("output_loading_info", False)
         load = super().from_pretrained
 
-        def load_maybe_quantized(source: str, *args: Any, **kwargs: Any) -> Any:
+        def load_maybe_quantized(source: str | None, *args: Any, **kwargs: Any) -> Any:
             return load(source, *args, **_with_quantization(source, kwargs))
 
-        with naming(source):
-            if not kwargs.get("subfolder"):
+        with naming(source or "state_dict"):
+            if source is not None and not kwargs.get("subfolder"):
                 check_source(source)
             model, info = read_model(load_maybe_quantized, source, *args, **kwargs)
             check_keys(info, "model")
+            _check_not_offloaded(model)
         return (model, info) if want_info else model
 
     @staticmethod
@@ -367,12 +371,14 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> MoweCausalLMOutputWithPast:
+    ) -> MoweCausalLMOutputWithPast | tuple[Any, ...]:
         """input_ids: [B, T] with `audio_token_id` at the audio's places. input_features, input_features_mask: [N, S],
         windows of audio in the order of their placeholders (see get_audio_features). labels: [B, T], -100 where no
         loss is wanted. Under gradient accumulation, the router loss counts by the share of num_windows_in_batch, the
         windows of all accumulated batches, or else by `loss_share`. The rest is as in transformers.
+        Raises AudioError where placeholders and audio do not match, ConfigError for inputs that do not go together.
         """
         mixture = None
         given = (input_ids is not None) + (inputs_embeds is not None)
@@ -380,7 +386,6 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
             raise ConfigError("expected either inputs_embeds or input_ids, the latter with or without input_features")
         if inputs_embeds is None:
             inputs_embeds, mixture = self.model.embed(input_ids, input_features, input_features_mask)
-        kwargs.pop("return_dict", None)
         num_items = kwargs.pop("num_items_in_batch", None)
         num_windows = kwargs.pop("num_windows_in_batch", None)
         outputs = self.language_model(
@@ -390,6 +395,7 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
+            return_dict=True,
             **kwargs,
         )
         aux_loss = mixture.aux_loss if mixture is not None else None
@@ -400,7 +406,7 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
             if aux_loss is not None:
                 share = loss_share(labels, num_items) if num_windows is None else len(mixture.indices) / num_windows
                 loss = loss + aux_loss.to(loss.device) * share
-        return MoweCausalLMOutputWithPast(
+        output = MoweCausalLMOutputWithPast(
             loss=loss,
             logits=outputs.logits,
             past_key_values=outputs.past_key_values,
@@ -410,6 +416,7 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
             router_logits=mixture.router_logits if mixture is not None else None,
             router_indices=mixture.indices if mixture is not None else None,
         )
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 
 class _LogitsProcessors(LogitsProcessorList):
@@ -428,10 +435,19 @@ class _LogitsProcessors(LogitsProcessorList):
         return super().__call__(input_ids, scores, **kwargs)[:, :size]
 
 
-def _with_quantization(source: str, settings: dict[str, Any]) -> dict[str, Any]:
+def _check_not_offloaded(model: MoweForConditionalGeneration) -> None:
+    """Raise ConfigError where parts are on no device that read their own parts without calling them."""
+    for name in ("audio_tower", "mixture"):
+        if any(parameter.is_meta for parameter in model.model.get_submodule(name).parameters()):
+            raise ConfigError(f"device_map offloads parts of model.{name}; only model.language_model can be offloaded")
+
+
+def _with_quantization(source: str | None, settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of from_pretrained with transformers told of our quantisation, where the model has one."""
     where = ("subfolder", "revision", "cache_dir", "local_files_only", "token", "force_download")
-    stored, _ = MoweConfig.get_config_dict(source, **{name: settings[name] for name in where if name in settings})
+    stored: dict[str, Any] = {}
+    if source is not None:
+        stored, _ = MoweConfig.get_config_dict(source, **{name: settings[name] for name in where if name in settings})
     stored, asked = stored.get("quantization_config"), settings.get("quantization_config")
     if stored is None and asked is None:
         return settings

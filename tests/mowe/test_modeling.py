@@ -10,7 +10,7 @@ import torch
 
 import mowe
 from mowe.errors import AudioError, ConfigError
-from tests.mowe.audio_llm import CLIPS, GREEDY, PROMPTS, answers, language_model, processor_of, tiny_model
+from tests.mowe.audio_llm import CLIPS, GREEDY, PROMPTS, answers, language_model, processor_of, tiny_model, tiny_pool
 from tests.mowe.encoders import assert_same, clip
 
 
@@ -214,6 +214,29 @@ def test_the_placeholder_is_never_an_answer(settings: dict[str, Any]) -> None:
         assert model(**inputs).logits[0, -1].argmax() == 259
     expected = answers(model, inputs, suppress_tokens=[259, first[0]], **settings)
     assert answers(model, inputs, suppress_tokens=[first[0]], **settings) == expected
+
+
+def test_outputs_as_a_tuple(processor: mowe.MoweProcessor) -> None:
+    model = tiny_model()
+    inputs = processor(PROMPTS, audio=CLIPS, answers=["x", "yy", "z"])
+    expected = model(**inputs)
+    loss, logits, *_ = model(**inputs, return_dict=False)
+    assert torch.equal(loss, expected.loss) and torch.equal(logits, expected.logits)
+    model.config.return_dict = False
+    assert torch.equal(model(**inputs)[1], logits)
+    assert torch.equal(model(**inputs, return_dict=True).logits, logits)
+
+
+def test_base_and_pool_in_contexts_of_their_own() -> None:
+    model = tiny_model(pool=tiny_pool("window"), context="valid")
+    wave = clip(16_000)
+    with torch.no_grad():
+        out = model.get_audio_features(wave[None])
+        assert out.last_hidden_state.shape[0] == 50
+        expected = model.model.mixture(out.last_hidden_state[None], [wave])
+        assert torch.equal(out.pooler_output, expected.tokens)
+        other = tiny_model(pool=tiny_pool("valid"), context="valid").get_audio_features(wave[None])
+    assert not torch.allclose(out.pooler_output, other.pooler_output)
 
 
 MASK = torch.ones(1, 800)
