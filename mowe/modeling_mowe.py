@@ -123,6 +123,11 @@ class MoweModel(MowePreTrainedModel):
         family.signature(base, config.audio_do_normalize)
         self.audio_tower = family([base], config.audio_do_normalize)
         self.mixture = MixtureOfWeakEncoders(config, EncoderPool(config.pool_config))
+        with naming("audio_config"):
+            self.audio_tower.check_context(config.context)
+        with naming("pool_config"):
+            for weak in self.mixture.pool.families:
+                weak.check_context(config.pool_config.context)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         if "past_key_values" not in signature(self.language_model.forward).parameters:
             raise ConfigError(f"a {config.text_config.model_type!r} language model has no past_key_values")
@@ -166,8 +171,7 @@ class MoweModel(MowePreTrainedModel):
         device = audio.samples.device
         if device not in self._layouts:
             self._layouts[device] = PackLayout.build([0], [tower.num_levels], device)
-        lengths = [tower.level_lengths(samples, features.context) for samples in audio.lengths]
-        levels = [list(level) for level in zip(*lengths, strict=True)]
+        levels = tower.lengths(features)
         one = torch.zeros(len(audio.lengths), 1, dtype=torch.int64, device=device)
         plan = PackPlan.build(one, levels, self._layouts[device]).family(0)
         own = tuple(tower.level_lengths(samples, "valid")[-1] for samples in audio.lengths)

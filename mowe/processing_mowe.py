@@ -49,8 +49,8 @@ class MoweFeatureExtractor(SequenceFeatureExtractor):
     """Cuts audio into windows of at most 30 s and pads them together; the model computes its features itself.
 
     token_stages: (kernel, stride, total padding) of every strided step from samples to tokens, from which the number
-    of tokens of a window follows; `from_config` reads them off a model's configuration. window_samples: the most a
-    window holds.
+    of tokens of a window follows. window_samples, min_window_samples: the most a window holds, and the fewest, to which
+    a shorter one is padded with zeros. `from_config` reads all of them off a model's configuration.
     """
 
     model_input_names = ["input_features", "input_features_mask"]
@@ -59,6 +59,7 @@ class MoweFeatureExtractor(SequenceFeatureExtractor):
         self,
         token_stages: Sequence[Sequence[int]],
         window_samples: int = WINDOW_SAMPLES,
+        min_window_samples: int = MIN_SAMPLES,
         feature_size: int = 1,
         sampling_rate: int = SAMPLING_RATE,
         padding_value: float = 0.0,
@@ -67,21 +68,29 @@ class MoweFeatureExtractor(SequenceFeatureExtractor):
         unknown = sorted(kwargs.keys() - _SAVED_BY_TRANSFORMERS)
         if unknown:
             raise ConfigError(f"MoweFeatureExtractor: unknown keys {unknown}")
-        if not MIN_SAMPLES <= window_samples <= WINDOW_SAMPLES:
-            raise ConfigError(f"window_samples must lie in {MIN_SAMPLES}..{WINDOW_SAMPLES}, got {window_samples}")
+        if not MIN_SAMPLES <= min_window_samples <= window_samples <= WINDOW_SAMPLES:
+            raise ConfigError(
+                f"min_window_samples and window_samples must lie in {MIN_SAMPLES}..{WINDOW_SAMPLES}, in order, "
+                f"got {min_window_samples} and {window_samples}"
+            )
         super().__init__(feature_size, sampling_rate, padding_value, **kwargs)
-        self.window_samples = window_samples
+        self.window_samples, self.min_window_samples = window_samples, min_window_samples
         self.token_stages = [list(stage) for stage in token_stages]
 
     @classmethod
     def from_config(cls, config: MoweConfig) -> MoweFeatureExtractor:
-        """The feature extractor of a model."""
+        """The feature extractor of a model, whose windows fit its base encoder and all encoders of its pool.
+
+        Raises ConfigError where none does.
+        """
         stages = family_class(config.audio_config.model_type).stages(config.audio_config)
         if config.projector_type == "conv":
             stages += [(3, 2, 2)] * (config.projector_stride.bit_length() - 1)
         else:
             stages += [(config.projector_stride, config.projector_stride, config.projector_stride - 1)]
-        return cls(token_stages=stages)
+        encoders = [config.audio_config, *config.pool_config.encoder_configs()]
+        fewest, most = zip(*(family_class(one.model_type).sample_range(one) for one in encoders), strict=True)
+        return cls(token_stages=stages, window_samples=min(most), min_window_samples=max(fewest))
 
     def num_tokens(self, samples: int) -> int:
         """Tokens that a window of so many samples gives."""
@@ -105,7 +114,7 @@ class MoweFeatureExtractor(SequenceFeatureExtractor):
         clips = raw_speech if _is_batch(raw_speech) else [raw_speech]
         rate = self.sampling_rate if sampling_rate is None else sampling_rate
         windows = [
-            split_windows(as_waveform(clip, rate, f"audio {i}").cpu(), self.window_samples)
+            split_windows(as_waveform(clip, rate, f"audio {i}").cpu(), self.window_samples, self.min_window_samples)
             for i, clip in enumerate(clips)
         ]
         flat = [window for of_clip in windows for window in of_clip]

@@ -263,6 +263,12 @@ def test_audio_of_the_wrong_form_is_refused(model: Any, inputs: dict[str, Any], 
     assert told in str(error.value) and "\n" not in str(error.value)
 
 
+def test_the_window_that_is_too_long_is_named(model: Any) -> None:
+    mask = torch.arange(480_160) < torch.tensor([[16_000], [480_160]])
+    with pytest.raises(AudioError, match="clip 1: a Whisper encoder takes at most 480000 samples, got 480160"):
+        model.get_audio_features(torch.zeros(mask.shape), mask)
+
+
 def test_placeholders_that_do_not_match_are_refused(model: Any, processor: mowe.MoweProcessor) -> None:
     inputs = processor("<|audio|> b", audio=clip(16_000))
     shorter = {**inputs, "input_ids": inputs["input_ids"][:, 1:], "attention_mask": inputs["attention_mask"][:, 1:]}

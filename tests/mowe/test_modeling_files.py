@@ -225,6 +225,11 @@ def test_parts_that_cannot_be_joined() -> None:
         tiny_model(num_dependent_slots=5)
     with pytest.raises(ConfigError, match=r"unknown keys \['slots'\]"):
         tiny_model(slots=5)
+    short = whisper(0, max_source_positions=750)
+    with pytest.raises(ConfigError, match="audio_config: context 'window' is 30 s, a Whisper encoder of 750 frames"):
+        tiny_model(base=short, context="window")
+    with pytest.raises(ConfigError, match="pool_config: context 'window' is 30 s, a Whisper encoder of 750 frames"):
+        tiny_model(pool=mowe.EncoderPool.from_encoders([whisper(1), short]))
     with pytest.raises(ConfigError, match="audio_token_id is not set"):
         mowe.MoweForConditionalGeneration(mowe.MoweConfig(pool_config=tiny_pool().config))
     with pytest.raises(ConfigError, match="holds 0 encoders"):

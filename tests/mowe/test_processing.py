@@ -385,3 +385,31 @@ def test_unknown_key_of_the_extractor_is_refused(tmp_path: Path, processor: mowe
 def test_windows_no_encoder_can_take_are_refused(window: int) -> None:
     with pytest.raises(ConfigError, match="window_samples"):
         mowe.MoweFeatureExtractor([], window_samples=window)
+    with pytest.raises(ConfigError, match=r"must lie in 400\.\.480000, in order, got \d+ and 800"):
+        mowe.MoweFeatureExtractor([], window_samples=800, min_window_samples=window or 801)
+
+
+EIGHT_CONVOLUTIONS = {"conv_dim": [8] * 8, "conv_kernel": [10, 3, 3, 3, 3, 2, 2, 2], "conv_stride": [5] + [2] * 7}
+
+
+@pytest.mark.parametrize(
+    ("parts", "samples", "windows"),
+    [
+        ({"base": whisper(0, max_source_positions=750)}, 320_000, [240_000, 80_000]),
+        ({"pool": [hubert(1), whisper(2, max_source_positions=750)]}, 320_000, [240_000, 80_000]),
+        ({"base": hubert(0, **EIGHT_CONVOLUTIONS)}, 480_450, [480_000, 720]),
+        ({"pool": [hubert(0, **EIGHT_CONVOLUTIONS)]}, 450, [720]),
+    ],
+    ids=["base of 15 s", "pool of 15 s", "base of 45 ms", "pool of 45 ms"],
+)
+def test_windows_fit_all_encoders(parts: dict[str, Any], samples: int, windows: list[int], tmp_path: Path) -> None:
+    if "pool" in parts:
+        parts = {"pool": mowe.EncoderPool.from_encoders(parts["pool"], context="valid")}
+    model = tiny_model(**parts)
+    processor = processor_of(model)
+    processor.save_pretrained(tmp_path)
+    for either in (processor, mowe.MoweProcessor.from_pretrained(tmp_path)):
+        inputs = either("<|audio|>", audio=clip(samples))
+        assert inputs["input_features_mask"].sum(1).tolist() == windows
+    with torch.no_grad():
+        assert model(**inputs).router_indices.shape == (len(windows), 2)
