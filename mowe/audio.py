@@ -103,14 +103,14 @@ def _usable_length(samples: int, name: str) -> int:
     return _SHORT_PADDED_TO
 
 
-def split_windows(wave: Tensor, window: int = WINDOW_SAMPLES) -> list[Tensor]:
+def split_windows(wave: Tensor, window: int = WINDOW_SAMPLES, fewest: int = MIN_SAMPLES) -> list[Tensor]:
     """Cuts a waveform [samples] into consecutive views of `window` samples, the last one shorter. Nothing is dropped.
 
-    A last piece under `MIN_SAMPLES` is padded with zeros to `MIN_SAMPLES`, so that every piece can be encoded (our
-    choice: the pieces before it stay what they are without it).
+    A last piece under `fewest` samples is padded with zeros to so many, so that every piece can be encoded (our choice:
+    the pieces before it stay what they are without it).
     """
     pieces = list(wave.split(window))
-    if (missing := MIN_SAMPLES - len(pieces[-1])) > 0:
+    if (missing := fewest - len(pieces[-1])) > 0:
         pieces[-1] = F.pad(pieces[-1], (0, missing))
     return pieces
 

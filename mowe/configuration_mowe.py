@@ -171,6 +171,9 @@ class MoweConfig(PreTrainedConfig):
             raise ConfigError(f"pool_config: expected a MowePoolConfig or its dictionary, got {self.pool_config!r}")
         if not isinstance(self.pool_config, MowePoolConfig):
             self.pool_config = MowePoolConfig(**(self.pool_config or {}))
+        if not hasattr(self.text_config, "hidden_size"):
+            kind = self.text_config.model_type
+            raise ConfigError(f"text_config: a {kind!r} configuration has no hidden_size, expected a language model's")
         if self.projector_hidden_size is None:
             self.projector_hidden_size = self.text_config.hidden_size
         self._check()

@@ -17,6 +17,7 @@ from transformers import (
     BitsAndBytesConfig,
     Cache,
     GenerationMixin,
+    LogitsProcessorList,
     PreTrainedModel,
 )
 from transformers.generation import GenerationMode
@@ -28,7 +29,7 @@ from mowe.audio import AudioBatch
 from mowe.checkpoint import StoredTensor, check_keys, check_source, load_pretrained_encoder, normalizes, read_model
 from mowe.configuration_mowe import MoweConfig
 from mowe.errors import AudioError, ConfigError, naming
-from mowe.families import ClipFeatures, EncoderFamily, family_class, find_encoder
+from mowe.families import FAMILIES, ClipFeatures, EncoderFamily, family_class, find_encoder
 from mowe.families.stacked import StackedConv, StackedLinear, StackedNorm
 from mowe.losses import loss_share
 from mowe.mixture import MixtureOfWeakEncoders, MixtureOutput
@@ -77,7 +78,8 @@ class MowePreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("audio", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ("StackedLayer",)
+    # A family and the mixture read their parts without calling them: no hook of accelerate would move what they need.
+    _no_split_modules = (*(family.__name__ for family in FAMILIES.values()), MixtureOfWeakEncoders.__name__)
     _skip_keys_device_placement = ("past_key_values",)
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -121,9 +123,19 @@ class MoweModel(MowePreTrainedModel):
         family.signature(base, config.audio_do_normalize)
         self.audio_tower = family([base], config.audio_do_normalize)
         self.mixture = MixtureOfWeakEncoders(config, EncoderPool(config.pool_config))
+        with naming("audio_config"):
+            self.audio_tower.check_context(config.context)
+        with naming("pool_config"):
+            for weak in self.mixture.pool.families:
+                weak.check_context(config.pool_config.context)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         if "past_key_values" not in signature(self.language_model.forward).parameters:
             raise ConfigError(f"a {config.text_config.model_type!r} language model has no past_key_values")
+        width, hidden_size = self.get_input_embeddings().weight.shape[1], config.text_config.hidden_size
+        if width != hidden_size:
+            raise ConfigError(
+                f"the language model's embeddings have width {width}, expected its hidden_size {hidden_size}"
+            )
         self._layouts: dict[torch.device, PackLayout] = {}
         self.post_init()
 
@@ -159,8 +171,7 @@ class MoweModel(MowePreTrainedModel):
         device = audio.samples.device
         if device not in self._layouts:
             self._layouts[device] = PackLayout.build([0], [tower.num_levels], device)
-        lengths = [tower.level_lengths(samples, features.context) for samples in audio.lengths]
-        levels = [list(level) for level in zip(*lengths, strict=True)]
+        levels = tower.lengths(features)
         one = torch.zeros(len(audio.lengths), 1, dtype=torch.int64, device=device)
         plan = PackPlan.build(one, levels, self._layouts[device]).family(0)
         own = tuple(tower.level_lengths(samples, "valid")[-1] for samples in audio.lengths)
@@ -195,23 +206,26 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], *args: Any, **kwargs: Any):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str] | None, *args: Any, **kwargs: Any):
         """As in transformers, but missing, surplus or misshapen parameters and damaged files raise CheckpointError.
 
         quantization_config: a MoweQuantizationConfig, or a BitsAndBytesConfig with load_in_4bit, whose list of modules
-        to skip adds to the routers, norms, projector and head, which are never quantised.
+        to skip adds to the routers, norms, projector and head, which are never quantised. device_map: only the language
+        model can be offloaded; where it offloads something else, ConfigError is raised.
         """
-        source, want_info = str(pretrained_model_name_or_path), kwargs.pop("output_loading_info", False)
+        source = None if pretrained_model_name_or_path is None else str(pretrained_model_name_or_path)
+        want_info = kwargs.pop("output_loading_info", False)
         load = super().from_pretrained
 
-        def load_maybe_quantized(source: str, *args: Any, **kwargs: Any) -> Any:
+        def load_maybe_quantized(source: str | None, *args: Any, **kwargs: Any) -> Any:
             return load(source, *args, **_with_quantization(source, kwargs))
 
-        with naming(source):
-            if not kwargs.get("subfolder"):
+        with naming(source or "state_dict"):
+            if source is not None and not kwargs.get("subfolder"):
                 check_source(source)
             model, info = read_model(load_maybe_quantized, source, *args, **kwargs)
             check_keys(info, "model")
+            _check_not_offloaded(model)
         return (model, info) if want_info else model
 
     @staticmethod
@@ -245,7 +259,7 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
         given as modules become part of the new model, which has the language model's device and dtype.
         audio_token_id: the placeholder, as in MoweProcessor.audio_token_id. settings: other fields of MoweConfig; their
         defaults are the paper's arrangement, with Whisper-large as audio_tower and two Whisper-tiny, HuBERT-base and
-        HuBERT-base-er as pool.
+        HuBERT-base-er as pool. All parts are in full precision; `mowe.quantize` takes the model made of them.
         Raises CheckpointError for checkpoints that cannot be read, ConfigError for parts that do not go together.
         """
         if not isinstance(audio_tower, nn.Module):
@@ -256,6 +270,10 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
             pool = EncoderPool.from_pretrained(pool, settings.get("context", "window"))
         if not isinstance(language_model, PreTrainedModel):
             language_model = load_language_model(str(language_model))
+        in_few_bits = getattr(language_model.config, "quantization_config", None) is not None
+        for part, quantized in {"pool": pool.quantized, "language model": in_few_bits}.items():
+            if quantized:
+                raise ConfigError(f"the {part} is quantised; give it in full precision, and quantise the whole model")
         config = MoweConfig(
             audio_config=base.config,
             pool_config=pool.config,
@@ -311,17 +329,24 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> Tensor | ModelOutput:
         """As in transformers. The audio is encoded once, whatever the number of steps, beams and returned sequences.
+        The placeholder of audio is never an answer.
 
-        Raises ConfigError for assisted decoding of a prompt with audio: transformers' would lose candidate tokens.
+        Raises ConfigError for audio without input_ids, and for assisted decoding of a prompt with audio: transformers'
+        would lose candidate tokens.
         """
         input_ids = inputs if input_ids is None else input_ids
         if input_features is not None:
+            if input_ids is None:
+                raise ConfigError("expected input_ids with the places of input_features, got none")
             settings = deepcopy(kwargs.get("generation_config") or self.generation_config)
             settings.update(**kwargs)
             if settings.get_generation_mode(kwargs.get("assistant_model")) == GenerationMode.ASSISTED_GENERATION:
                 raise ConfigError("assisted decoding is not supported for a prompt with audio")
             kwargs["inputs_embeds"], _ = self.model.embed(input_ids, input_features, input_features_mask)
         return super().generate(input_ids, **kwargs)
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        return _LogitsProcessors(super()._get_logits_processor(*args, **kwargs), self.config.audio_token_id)
 
     def lora_config(self, **settings: Any):
         """A peft LoraConfig on the linear layers of the language model alone: not on its head, towers or projector.
@@ -350,12 +375,14 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> MoweCausalLMOutputWithPast:
+    ) -> MoweCausalLMOutputWithPast | tuple[Any, ...]:
         """input_ids: [B, T] with `audio_token_id` at the audio's places. input_features, input_features_mask: [N, S],
         windows of audio in the order of their placeholders (see get_audio_features). labels: [B, T], -100 where no
         loss is wanted. Under gradient accumulation, the router loss counts by the share of num_windows_in_batch, the
         windows of all accumulated batches, or else by `loss_share`. The rest is as in transformers.
+        Raises AudioError where placeholders and audio do not match, ConfigError for inputs that do not go together.
         """
         mixture = None
         given = (input_ids is not None) + (inputs_embeds is not None)
@@ -363,7 +390,6 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
             raise ConfigError("expected either inputs_embeds or input_ids, the latter with or without input_features")
         if inputs_embeds is None:
             inputs_embeds, mixture = self.model.embed(input_ids, input_features, input_features_mask)
-        kwargs.pop("return_dict", None)
         num_items = kwargs.pop("num_items_in_batch", None)
         num_windows = kwargs.pop("num_windows_in_batch", None)
         outputs = self.language_model(
@@ -373,6 +399,7 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
+            return_dict=True,
             **kwargs,
         )
         aux_loss = mixture.aux_loss if mixture is not None else None
@@ -383,7 +410,7 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
             if aux_loss is not None:
                 share = loss_share(labels, num_items) if num_windows is None else len(mixture.indices) / num_windows
                 loss = loss + aux_loss.to(loss.device) * share
-        return MoweCausalLMOutputWithPast(
+        output = MoweCausalLMOutputWithPast(
             loss=loss,
             logits=outputs.logits,
             past_key_values=outputs.past_key_values,
@@ -393,12 +420,38 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
             router_logits=mixture.router_logits if mixture is not None else None,
             router_indices=mixture.indices if mixture is not None else None,
         )
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 
-def _with_quantization(source: str, settings: dict[str, Any]) -> dict[str, Any]:
+class _LogitsProcessors(LogitsProcessorList):
+    """Those of transformers, for which the placeholder is a token like any other, but one that is never chosen."""
+
+    def __init__(self, processors: LogitsProcessorList, placeholder: int):
+        super().__init__(processors)
+        self.placeholder = placeholder
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        size = scores.shape[1]
+        # Where it lies outside the vocabulary, the ids of the prompt would point past the scores.
+        tokens = torch.arange(max(size, self.placeholder + 1), device=scores.device)
+        scores = nn.functional.pad(scores, (0, len(tokens) - size), value=float("-inf"))
+        scores = scores.masked_fill(tokens == self.placeholder, float("-inf"))
+        return super().__call__(input_ids, scores, **kwargs)[:, :size]
+
+
+def _check_not_offloaded(model: MoweForConditionalGeneration) -> None:
+    """Raise ConfigError where parts are on no device that read their own parts without calling them."""
+    for name in ("audio_tower", "mixture"):
+        if any(parameter.is_meta for parameter in model.model.get_submodule(name).parameters()):
+            raise ConfigError(f"device_map offloads parts of model.{name}; only model.language_model can be offloaded")
+
+
+def _with_quantization(source: str | None, settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of from_pretrained with transformers told of our quantisation, where the model has one."""
     where = ("subfolder", "revision", "cache_dir", "local_files_only", "token", "force_download")
-    stored, _ = MoweConfig.get_config_dict(source, **{name: settings[name] for name in where if name in settings})
+    stored: dict[str, Any] = {}
+    if source is not None:
+        stored, _ = MoweConfig.get_config_dict(source, **{name: settings[name] for name in where if name in settings})
     stored, asked = stored.get("quantization_config"), settings.get("quantization_config")
     if stored is None and asked is None:
         return settings

@@ -17,6 +17,7 @@ from mowe.checkpoint import load_pretrained_encoder, normalizes
 from mowe.configuration_mowe import MowePoolConfig
 from mowe.errors import ConfigError, naming
 from mowe.families import ClipFeatures, Context, EncoderFamily, family_class, find_encoder
+from mowe.families.nf4 import Nf4StackedLinear
 from mowe_kernels import PackLayout, PackPlan
 from mowe_kernels.backend import implementation
 
@@ -107,6 +108,8 @@ class EncoderPool(nn.Module):
         The pool takes the device and the dtype of the first encoder.
         Raises ConfigError for encoders that no family can run, CheckpointError for parameters that do not fit.
         """
+        if not hasattr(encoders, "__len__"):
+            raise ConfigError(f"expected a list of encoders, got {type(encoders).__name__}")
         extractors = list(feature_extractors) if feature_extractors is not None else [None] * len(encoders)
         if len(extractors) != len(encoders):
             raise ConfigError(f"{len(encoders)} encoders but {len(extractors)} feature extractors")
@@ -131,12 +134,19 @@ class EncoderPool(nn.Module):
         Raises CheckpointError for a checkpoint that cannot be read or lacks parameters, ConfigError for encoders that
         no family can run.
         """
+        if isinstance(sources, str | PathLike):
+            raise ConfigError(f"expected a list of checkpoints, got {str(sources)!r}")
         loaded = [load_pretrained_encoder(source) for source in sources]
         return cls.from_encoders([e for e, _ in loaded], [x for _, x in loaded], context)
 
     @property
     def num_encoders(self) -> int:
         return len(self.config.encoders or ())
+
+    @property
+    def quantized(self) -> bool:
+        """Whether its layers are in 4 bits."""
+        return any(isinstance(module, Nf4StackedLinear) for module in self.modules())
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from inspect import signature
 from numbers import Real
 from os import PathLike
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,12 +29,28 @@ PAPER_PROMPT = "Given the following speech tokens: \n<speech>{audio}</speech>\n\
 """The prompt of the authors' inference adapter, for language models without a chat template."""
 
 
+class AudioBatchFeature(BatchFeature):
+    """A processor's output that keeps the waveforms in float32 when the rest is cast to the model's dtype.
+
+    waveforms: what they are called in it.
+    """
+
+    waveforms: ClassVar[str] = "input_features"
+
+    def to(self, *args: Any, **kwargs: Any) -> AudioBatchFeature:
+        kept = self.data.get(self.waveforms)
+        super().to(*args, **kwargs)
+        if isinstance(kept, Tensor):
+            self.data[self.waveforms] = kept.to(self.data[self.waveforms].device)
+        return self
+
+
 class MoweFeatureExtractor(SequenceFeatureExtractor):
     """Cuts audio into windows of at most 30 s and pads them together; the model computes its features itself.
 
     token_stages: (kernel, stride, total padding) of every strided step from samples to tokens, from which the number
-    of tokens of a window follows; `from_config` reads them off a model's configuration. window_samples: the most a
-    window holds.
+    of tokens of a window follows. window_samples, min_window_samples: the most a window holds, and the fewest, to which
+    a shorter one is padded with zeros. `from_config` reads all of them off a model's configuration.
     """
 
     model_input_names = ["input_features", "input_features_mask"]
@@ -42,6 +59,7 @@ class MoweFeatureExtractor(SequenceFeatureExtractor):
         self,
         token_stages: Sequence[Sequence[int]],
         window_samples: int = WINDOW_SAMPLES,
+        min_window_samples: int = MIN_SAMPLES,
         feature_size: int = 1,
         sampling_rate: int = SAMPLING_RATE,
         padding_value: float = 0.0,
@@ -50,21 +68,29 @@ class MoweFeatureExtractor(SequenceFeatureExtractor):
         unknown = sorted(kwargs.keys() - _SAVED_BY_TRANSFORMERS)
         if unknown:
             raise ConfigError(f"MoweFeatureExtractor: unknown keys {unknown}")
-        if not MIN_SAMPLES <= window_samples <= WINDOW_SAMPLES:
-            raise ConfigError(f"window_samples must lie in {MIN_SAMPLES}..{WINDOW_SAMPLES}, got {window_samples}")
+        if not MIN_SAMPLES <= min_window_samples <= window_samples <= WINDOW_SAMPLES:
+            raise ConfigError(
+                f"min_window_samples and window_samples must lie in {MIN_SAMPLES}..{WINDOW_SAMPLES}, in order, "
+                f"got {min_window_samples} and {window_samples}"
+            )
         super().__init__(feature_size, sampling_rate, padding_value, **kwargs)
-        self.window_samples = window_samples
+        self.window_samples, self.min_window_samples = window_samples, min_window_samples
         self.token_stages = [list(stage) for stage in token_stages]
 
     @classmethod
     def from_config(cls, config: MoweConfig) -> MoweFeatureExtractor:
-        """The feature extractor of a model."""
+        """The feature extractor of a model, whose windows fit its base encoder and all encoders of its pool.
+
+        Raises ConfigError where none does.
+        """
         stages = family_class(config.audio_config.model_type).stages(config.audio_config)
         if config.projector_type == "conv":
             stages += [(3, 2, 2)] * (config.projector_stride.bit_length() - 1)
         else:
             stages += [(config.projector_stride, config.projector_stride, config.projector_stride - 1)]
-        return cls(token_stages=stages)
+        encoders = [config.audio_config, *config.pool_config.encoder_configs()]
+        fewest, most = zip(*(family_class(one.model_type).sample_range(one) for one in encoders), strict=True)
+        return cls(token_stages=stages, window_samples=min(most), min_window_samples=max(fewest))
 
     def num_tokens(self, samples: int) -> int:
         """Tokens that a window of so many samples gives."""
@@ -72,7 +98,9 @@ class MoweFeatureExtractor(SequenceFeatureExtractor):
             samples = (samples + padding - kernel) // stride + 1
         return samples
 
-    def __call__(self, raw_speech: Any, sampling_rate: float | None = None, return_tensors: str = "pt") -> BatchFeature:
+    def __call__(
+        self, raw_speech: Any, sampling_rate: float | None = None, return_tensors: str = "pt"
+    ) -> AudioBatchFeature:
         """raw_speech: one clip or a list of clips, each in any form `mowe.audio.as_waveform` takes.
 
         sampling_rate: of the clips given as arrays, 16 kHz by default; other rates are resampled. return_tensors: "pt"
@@ -86,7 +114,7 @@ class MoweFeatureExtractor(SequenceFeatureExtractor):
         clips = raw_speech if _is_batch(raw_speech) else [raw_speech]
         rate = self.sampling_rate if sampling_rate is None else sampling_rate
         windows = [
-            split_windows(as_waveform(clip, rate, f"audio {i}").cpu(), self.window_samples)
+            split_windows(as_waveform(clip, rate, f"audio {i}").cpu(), self.window_samples, self.min_window_samples)
             for i, clip in enumerate(clips)
         ]
         flat = [window for of_clip in windows for window in of_clip]
@@ -95,7 +123,7 @@ class MoweFeatureExtractor(SequenceFeatureExtractor):
         padded = torch.nn.utils.rnn.pad_sequence(flat, batch_first=True, padding_value=self.padding_value)
         lengths = torch.tensor([window.numel() for window in flat])
         mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
-        return BatchFeature(
+        return AudioBatchFeature(
             {
                 "input_features": padded if return_tensors == "pt" else padded.numpy(),
                 "input_features_mask": mask if return_tensors == "pt" else mask.numpy(),
@@ -132,7 +160,8 @@ class MoweProcessor(ProcessorMixin):
         """As in transformers, but files that are missing or damaged raise CheckpointError."""
         source = str(pretrained_model_name_or_path)
         with naming(source):
-            check_source(source, "processor_config.json")
+            if not kwargs.get("subfolder"):
+                check_source(source, "processor_config.json")
             with reading("the processor"):
                 return super().from_pretrained(source, **kwargs)
 
@@ -144,24 +173,30 @@ class MoweProcessor(ProcessorMixin):
         answers: str | Sequence[str] | None = None,
         return_tensors: str = "pt",
         padding: bool | str = True,
-        padding_side: str = "left",
+        padding_side: str | None = None,
         **kwargs: Any,
-    ) -> BatchFeature:
+    ) -> AudioBatchFeature:
         """Model inputs for a batch of prompts.
 
         text: prompts, each with `audio_token` once for every audio it speaks of. audio: the clips in the order of their
         tokens, as one list or one list per prompt; any form `mowe.audio.as_waveform` takes. sampling_rate: of clips
         given as arrays, 16 kHz by default. answers: for training; each is appended to its prompt with the end token,
-        and `labels` are -100 everywhere else. padding: True or "longest", the only way. kwargs: for the tokenizer.
+        and `labels` are -100 everywhere else. padding: True or "longest", the only way. padding_side: "left", as
+        `generate` needs it, or "right", the default with answers. kwargs: for the tokenizer.
         Returns input_ids and attention_mask [B, T], input_features and input_features_mask [N, S] if there is audio.
         Raises AudioError where prompts and audio do not match or audio cannot be read, ConfigError for settings that
         are not supported.
         """
+        if padding_side is None:
+            padding_side = "left" if answers is None else "right"
         settings = {"return_tensors": return_tensors, "padding": padding, "padding_side": padding_side}
         for name, value in settings.items():
             if value not in _CALL_VALUES[name]:
                 raise ConfigError(f"{name} must be {' or '.join(map(repr, _CALL_VALUES[name]))}, got {value!r}")
-        prompts = [text] if isinstance(text, str) else list(text or ())
+        unknown = sorted(kwargs.keys() - signature(self.tokenizer.__call__).parameters - {"split_special_tokens"})
+        if unknown:
+            raise ConfigError(f"unknown settings {unknown}, neither the processor nor the tokenizer has them")
+        prompts = _texts(text, "prompt")
         if not prompts:
             raise ConfigError("expected at least one prompt, got none")
         inputs, counts = self._prepare_audio(prompts, audio, sampling_rate)
@@ -175,7 +210,7 @@ class MoweProcessor(ProcessorMixin):
         data = {"input_ids": ids, "attention_mask": mask, **inputs}
         if answers is not None:
             data["labels"] = _pad([[-100] * len(q) + a for q, a in rows], -100, padding_side)
-        return BatchFeature(data)
+        return AudioBatchFeature(data)
 
     def apply_chat_template(
         self,
@@ -192,8 +227,9 @@ class MoweProcessor(ProcessorMixin):
         that of calling the processor on the prompts and clips, else the prompts alone. The language model's own chat
         template is used where it has one, the authors' prompt otherwise. kwargs: settings of the processor's call
         (answers, padding_side, ...); the others are for the template.
+        Raises ConfigError for what are no messages, and as the processor's call does.
         """
-        single = bool(conversation) and isinstance(conversation[0], dict)
+        single = bool(_listed(conversation, "messages or of conversations")) and isinstance(conversation[0], dict)
         conversations = [conversation] if single else conversation
         call = {name: kwargs.pop(name) for name in _CALL_SETTINGS if name in kwargs}
         kwargs.pop("return_dict", None)
@@ -201,7 +237,7 @@ class MoweProcessor(ProcessorMixin):
         plain = template is None and self.tokenizer.chat_template is None
         prompts, clips = [], []
         for messages in conversations:
-            flat, audio = self._flatten(messages)
+            flat, audio = self._flatten(_listed(messages, "messages"))
             clips.append(audio)
             if plain:
                 prompts.append(_plain_prompt(flat, self.audio_token))
@@ -266,7 +302,7 @@ class MoweProcessor(ProcessorMixin):
 
     def _tails(self, answers: str | Sequence[str]) -> list[list[int]]:
         """Ids of each answer and the end token."""
-        answers = [answers] if isinstance(answers, str) else list(answers)
+        answers = _texts(answers, "answer")
         for i, answer in enumerate(answers):
             if self.audio_token in answer:
                 raise AudioError(f"answer {i} has {self.audio_token}, audio belongs in the prompt")
@@ -285,6 +321,22 @@ class MoweProcessor(ProcessorMixin):
                 content = "".join(self.audio_token if _type_of(part) == "audio" else part["text"] for part in content)
             flat.append({**message, "content": content})
         return flat, clips
+
+
+def _texts(given: Any, name: str) -> list[str]:
+    """One text or several as a list. Raises ConfigError, with the name of one, for anything else."""
+    texts = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ConfigError(f"{name} {i} must be a text, got {type(text).__name__}")
+    return texts
+
+
+def _listed(given: Any, expected: str) -> Any:
+    """What was given, if it is a list or the like. Raises ConfigError, with what should be in it, for anything else."""
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise ConfigError(f"expected a list of {expected}, got {type(given).__name__}")
+    return given
 
 
 def _type_of(part: Any) -> str:

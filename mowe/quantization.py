@@ -15,15 +15,17 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mowe.errors import CheckpointError, ConfigError
-from mowe.families.nf4 import Nf4StackedLinear, quantize_linear
+from mowe.families.nf4 import quantize_linear
 from mowe.families.stacked import StackedLinear
+from mowe.modeling_mowe import MoweForConditionalGeneration
+from mowe.pool import EncoderPool
 from mowe_kernels import nf4_quantize
 
 METHOD = "mowe_nf4"
 PARTS = ("language_model", "audio_tower", "pool", "lm_head")
 DEFAULT_PARTS = PARTS[:3]
 
-Quantizable = TypeVar("Quantizable", bound=nn.Module)
+Quantizable = TypeVar("Quantizable", EncoderPool, MoweForConditionalGeneration)
 
 
 @register_quantization_config(METHOD)
@@ -151,18 +153,21 @@ def quantize(
     """Put a pool, or the parts of a model, in 4 bits, in place; returns it.
 
     model: an EncoderPool or a MoweForConditionalGeneration, of which other parts may be in 4 bits already. parts,
-    double_quant, skip_modules: see MoweQuantizationConfig; a pool has no parts.
+    double_quant, skip_modules: see MoweQuantizationConfig; a pool has no parts, and in 4 bits cannot join a model.
     Raises ConfigError for another module and for what is already quantised.
     """
-    kinds = {type(module) for module in model.modules()}
-    if not kinds & {StackedLinear, Nf4StackedLinear}:
-        raise ConfigError(f"expected an EncoderPool or a MoweForConditionalGeneration, got {type(model).__name__}")
-    before = getattr(getattr(model, "config", None), "quantization_config", None)
-    if (Nf4StackedLinear in kinds and before is None) or (before and set(parts) & set(before.parts)):
+    if not isinstance(model, EncoderPool | MoweForConditionalGeneration):
+        raise ConfigError(
+            f"expected an EncoderPool or a MoweForConditionalGeneration, got {type(model).__name__}; another model is "
+            "loaded in 4 bits, by its quantization_config, before a mixture is attached"
+        )
+    before = getattr(model.config, "quantization_config", None)
+    pool = model if isinstance(model, EncoderPool) else model.model.mixture.pool
+    if (pool.quantized and before is None) or (before and set(parts) & set(before.parts)):
         raise ConfigError(f"the {type(model).__name__} is already quantised")
     if before and before.double_quant != double_quant:
         raise ConfigError(f"double_quant is {before.double_quant} in the parts already quantised, got {double_quant}")
-    if not hasattr(model, "language_model"):
+    if isinstance(model, EncoderPool):
         _quantize_stacks(model, double_quant)
         return model
     config = MoweQuantizationConfig(parts, double_quant, skip_modules=skip_modules)

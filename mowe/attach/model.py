@@ -132,6 +132,8 @@ def attach(
         raise ConfigError(f"fusion of a {model.config.model_type!r} model must be {allowed}, got {fusion!r}")
     if not isinstance(pool, EncoderPool):
         raise ConfigError(f"expected an EncoderPool, got {type(pool).__name__}")
+    if pool.quantized:
+        raise ConfigError("the pool is quantised; attach it in full precision, only the model itself may be in 4 bits")
     device, dtype = _place_of(model, layout)
     first = next(pool.parameters())
     if (first.device, first.dtype) != (device, dtype):
@@ -171,7 +173,10 @@ def check_attachable(model: PreTrainedModel, layout: AudioLayout | None) -> Audi
         raise ConfigError(f"expected a model of transformers, got {type(model).__name__}; attach before wrapping it")
     if isinstance(model, Attached):
         raise ConfigError(f"{type(model).__name__} has a mixture already; mowe.detach(model) takes it off")
-    return layout or layout_of(model)
+    layout = layout or layout_of(model)
+    if _place_of(model, layout)[0].type == "meta":
+        raise ConfigError("the model's audio tower is offloaded; only its language model can be, by its device_map")
+    return layout
 
 
 def join(model: Model, mixture: AttachedMixture) -> Model:

@@ -15,20 +15,16 @@ from transformers import BatchFeature, FeatureExtractionMixin, ProcessorMixin
 
 from mowe.audio import as_waveform
 from mowe.errors import ConfigError
+from mowe.processing_mowe import AudioBatchFeature
 
 _EXTRACTORS = ("feature_extractor", "audio_processor")
 _CALLS = ("__call__", "apply_chat_template", "apply_transcription_request")
 
 
-class AudioBatchFeature(BatchFeature):
-    """A processor's output that keeps the waveforms in float32 when the rest is cast to the model's dtype."""
+class WrappedBatchFeature(AudioBatchFeature):
+    """What a wrapped processor gives."""
 
-    def to(self, *args: Any, **kwargs: Any) -> AudioBatchFeature:
-        waveforms = self.data["mowe_waveforms"]
-        super().to(*args, **kwargs)
-        if isinstance(waveforms, Tensor):
-            self.data["mowe_waveforms"] = waveforms.to(self.data["mowe_waveforms"].device)
-        return self
+    waveforms = "mowe_waveforms"
 
 
 class Wrapped:
@@ -114,13 +110,13 @@ def _unheard(base: type) -> Callable[..., Any]:
     return to_dict
 
 
-def _with_waveforms(outputs: BatchFeature, waves: list[Tensor]) -> AudioBatchFeature:
+def _with_waveforms(outputs: BatchFeature, waves: list[Tensor]) -> WrappedBatchFeature:
     padded = torch.nn.utils.rnn.pad_sequence([wave.cpu() for wave in waves], batch_first=True)
     mask = torch.arange(padded.shape[1]) < torch.tensor([[wave.numel()] for wave in waves])
     weak = {"mowe_waveforms": padded, "mowe_waveforms_mask": mask}
     if not any(isinstance(value, Tensor) for value in outputs.values()):
         weak = {name: value.numpy() for name, value in weak.items()}
-    return AudioBatchFeature({**outputs, **weak})
+    return WrappedBatchFeature({**outputs, **weak})
 
 
 def _clips(audio: Any) -> list[Any]:

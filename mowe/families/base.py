@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mowe.audio import AudioBatch
+from mowe.audio import MIN_SAMPLES, WINDOW_SAMPLES, AudioBatch
 from mowe.errors import ConfigError, naming
 from mowe.families.convert import Entry, encoder_state_dict, load_encoder
 from mowe.features import Spectrogram, log_mel_rows, normalize_waves
@@ -89,6 +89,17 @@ class EncoderFamily(nn.Module):
         """(kernel, stride, total padding) of every strided step from the samples of a clip to its frames."""
         raise NotImplementedError
 
+    @classmethod
+    def sample_range(cls, config: PreTrainedConfig) -> tuple[int, int]:
+        """Fewest and most samples of a window that an encoder takes."""
+        fewest = 1
+        for kernel, stride, padding in reversed(cls.stages(config)):
+            fewest = (fewest - 1) * stride + kernel - padding
+        return max(fewest, MIN_SAMPLES), WINDOW_SAMPLES
+
+    def check_context(self, context: Context) -> None:
+        """Raise ConfigError for a context that the encoders cannot run in."""
+
     def level_lengths(self, samples: int, context: Context) -> list[int]:
         """Frames of a clip of `samples` samples at each level, the last being the encoder's output.
 
@@ -97,7 +108,11 @@ class EncoderFamily(nn.Module):
         raise NotImplementedError
 
     def lengths(self, features: ClipFeatures) -> list[list[int]]:
-        """[num_levels][B]: frames of each clip at each level. Raises AudioError for a clip that cannot be taken."""
+        """[num_levels][B]: frames of each clip at each level.
+
+        Raises AudioError for a clip that cannot be taken, ConfigError for the context.
+        """
+        self.check_context(features.context)
         by_clip: list[list[int]] = []
         with naming(lambda: f"clip {len(by_clip)}"):
             for samples in features.audio.lengths:

@@ -67,6 +67,17 @@ class WhisperFamily(EncoderFamily):
     def stages(cls, config: WhisperConfig) -> list[tuple[int, int, int]]:
         return [(HOP, HOP, 0), (3, 2, 2)]
 
+    @classmethod
+    def sample_range(cls, config: WhisperConfig) -> tuple[int, int]:
+        fewest, most = super().sample_range(config)
+        return fewest, min(2 * config.max_source_positions * HOP, most)
+
+    def check_context(self, context: Context) -> None:
+        if context == "window" and 2 * self.max_frames * HOP != WINDOW_SAMPLES:
+            raise ConfigError(
+                f"context 'window' is 30 s, a Whisper encoder of {self.max_frames} frames is not; expected 'valid'"
+            )
+
     def level_lengths(self, samples: int, context: Context) -> list[int]:
         frames, most = samples // HOP, 2 * self.max_frames
         if frames > most:
@@ -74,8 +85,6 @@ class WhisperFamily(EncoderFamily):
                 f"a Whisper encoder takes at most {most * HOP} samples, got {samples}; cut longer audio first"
             )
         if context == "window":
-            if most * HOP != WINDOW_SAMPLES:
-                raise ConfigError(f"context 'window' is 30 s, a Whisper encoder of {self.max_frames} frames is not")
             frames = most
         return [frames, (frames + 1) // 2]
 

@@ -320,10 +320,13 @@ class MeralionForConditionalGeneration(MeralionPreTrainedModel, GenerationMixin)
             attentions=outputs.attentions,
         )
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        # transformers takes embeddings where inputs_embeds is named here.
         # Later steps read the audio from the cache; not every supported transformers leaves it out by itself.
         features = kwargs.pop("input_features", None)
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs = super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)
         if features is not None and (kwargs.get("is_first_iteration") or not kwargs.get("use_cache", True)):
             inputs["input_features"] = features
         return inputs

@@ -10,20 +10,19 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 
-from mowe.audio import MIN_SAMPLES, WINDOW_SAMPLES
 from mowe.data import Example
 from mowe.errors import ConfigError
 from mowe.modeling_mowe import MoweForConditionalGeneration
-from mowe.processing_mowe import MoweProcessor
+from mowe.processing_mowe import MoweFeatureExtractor, MoweProcessor
 
 _POOLED_BATCHES = 50
 """Batches whose clips are sorted by length together: enough for batches of like clips, few enough to stay random."""
 
 
-def base_frames(model: MoweForConditionalGeneration, samples: int) -> int:
-    """Packed frames of the base encoder for a clip of so many samples, cut into windows."""
-    whole, rest = divmod(samples, WINDOW_SAMPLES)
-    lengths = [WINDOW_SAMPLES] * whole + [max(rest, MIN_SAMPLES)] * (rest > 0)
+def base_frames(model: MoweForConditionalGeneration, extractor: MoweFeatureExtractor, samples: int) -> int:
+    """Packed frames of the base encoder for a clip of so many samples, cut into the extractor's windows."""
+    whole, rest = divmod(samples, extractor.window_samples)
+    lengths = [extractor.window_samples] * whole + [max(rest, extractor.min_window_samples)] * (rest > 0)
     return sum(model.audio_tower.level_lengths(length, model.config.context)[-1] for length in lengths)
 
 

@@ -239,7 +239,8 @@ class _Run:
         return arguments, batches
 
     def _frames(self, examples: Sequence[Example]) -> list[int]:
-        return [base_frames(self.model, example.samples) for example in examples]
+        extractor = self.processor.feature_extractor
+        return [base_frames(self.model, extractor, example.samples) for example in examples]
 
     def _folder(self, stage: int) -> Path:
         return self.output / f"stage-{stage}"

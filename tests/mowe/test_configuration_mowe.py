@@ -98,6 +98,7 @@ def test_unknown_keys_of_a_file(tmp_path):
         ({"audio_config": {"model_type": "nonsense"}}, "audio_config: model_type must be one that .* got 'nonsense'"),
         ({"audio_config": {"model_type": "whisper", "d_model": "wide"}}, "audio_config: .*'d_model' expected int"),
         ({"text_config": {"hidden_size": 8}}, "text_config: model_type must be one that transformers knows, got None"),
+        ({"text_config": {"model_type": "gemma3"}}, "text_config: a 'gemma3' configuration has no hidden_size"),
         ({"text_config": 3}, "text_config: expected a transformers configuration"),
         ({"pool_config": {"size": 2}}, r"MowePoolConfig: unknown keys \['size'\]"),
     ],

@@ -324,7 +324,7 @@ def test_clips_that_an_encoder_cannot_take():
     assert pool.encode([clip(16_000)], [[0]], "valid").pair(0, 0).shape[0] == 50
     with pytest.raises(AudioError, match="clip 1: a Whisper encoder takes at most 16000 samples, got 16160"):
         pool.encode([clip(400), clip(16_160)], [[0], [0]], "valid")
-    with pytest.raises(ConfigError, match="context 'window' is 30 s, a Whisper encoder of 50 frames is not"):
+    with pytest.raises(ConfigError, match=r"^context 'window' is 30 s, a Whisper encoder of 50 frames is not"):
         pool.encode([clip(400)], [[0]], "window")
     wide = EncoderPool.from_encoders([hubert(conv_kernel=[20, 3, 3, 3, 3, 2, 2])])
     with pytest.raises(AudioError, match="clip 0: a clip of 400 samples is shorter than the receptive field"):

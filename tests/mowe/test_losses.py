@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mowe.configuration_mowe import PAPER_ROUTER_LOSSES, ROUTER_LOSSES
-from mowe.losses import RouterLogits, entropy, router_loss, router_loss_terms
+from mowe.losses import RouterLogits, entropy, loss_share, router_loss, router_loss_terms
 
 # Two clips and two encoders, the clips' probabilities (3/4, 1/4) and (1/2, 1/2); the router of all clips (1/5, 4/5).
 DEPENDENT = torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0]])
@@ -101,6 +101,14 @@ def test_gradients(name):
         values.append(router_loss(both, {name: 1.0}).item())
     along = (source.grad * direction).sum().item()
     assert along == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-2, abs=1e-3)
+
+
+def test_a_share_counts_predicted_tokens():
+    """The first token of a row is predicted from nothing, so its label counts no more than a -100."""
+    labels = torch.tensor([[5, 6, -100, 7], [8, -100, -100, 9]])
+    assert float(loss_share(labels, 12)) == 0.25
+    assert float(loss_share(labels, torch.tensor(6))) == 0.5
+    assert loss_share(labels, None) == 1.0
 
 
 def test_half_precision_logits_give_single_precision_terms():

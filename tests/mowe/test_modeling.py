@@ -10,7 +10,7 @@ import torch
 
 import mowe
 from mowe.errors import AudioError, ConfigError
-from tests.mowe.audio_llm import CLIPS, GREEDY, PROMPTS, answers, language_model, processor_of, tiny_model
+from tests.mowe.audio_llm import CLIPS, GREEDY, PROMPTS, answers, language_model, processor_of, tiny_model, tiny_pool
 from tests.mowe.encoders import assert_same, clip
 
 
@@ -81,6 +81,11 @@ def test_audio_enters_the_language_model_as_the_projector_gives_it(kind: str) ->
 def test_a_language_model_without_past_key_values_is_refused() -> None:
     with pytest.raises(ConfigError, match="'mamba' language model has no past_key_values"):
         tiny_model(language_model("mamba"))
+
+
+def test_a_language_model_with_narrow_embeddings_is_refused() -> None:
+    with pytest.raises(ConfigError, match="embeddings have width 16, expected its hidden_size 32"):
+        tiny_model(language_model("opt", word_embed_proj_dim=16))
 
 
 def test_audio_over_30_s_is_routed_window_by_window(model: Any, processor: mowe.MoweProcessor) -> None:
@@ -192,6 +197,48 @@ def test_output_names_the_router(model: Any, processor: mowe.MoweProcessor) -> N
     assert plain.router_logits is plain.router_indices is plain.aux_loss is None
 
 
+def test_generation_needs_the_places_of_the_audio(model: Any) -> None:
+    with pytest.raises(ConfigError, match="expected input_ids with the places of input_features, got none"):
+        model.generate(input_features=torch.zeros(1, 800))
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 1}], ids=str)
+def test_the_placeholder_is_never_an_answer(settings: dict[str, Any]) -> None:
+    """Of a language model that would say it, beside what the settings suppress."""
+    model = tiny_model(language_model(tie_word_embeddings=False))
+    inputs = processor_of(model)(PROMPTS[0], audio=CLIPS[0])
+    (first,) = answers(model, inputs)
+    head = model.get_output_embeddings().weight
+    with torch.no_grad():
+        head[259] = 3 * head[first[0]]
+        assert model(**inputs).logits[0, -1].argmax() == 259
+    expected = answers(model, inputs, suppress_tokens=[259, first[0]], **settings)
+    assert answers(model, inputs, suppress_tokens=[first[0]], **settings) == expected
+
+
+def test_outputs_as_a_tuple(processor: mowe.MoweProcessor) -> None:
+    model = tiny_model()
+    inputs = processor(PROMPTS, audio=CLIPS, answers=["x", "yy", "z"])
+    expected = model(**inputs)
+    loss, logits, *_ = model(**inputs, return_dict=False)
+    assert torch.equal(loss, expected.loss) and torch.equal(logits, expected.logits)
+    model.config.return_dict = False
+    assert torch.equal(model(**inputs)[1], logits)
+    assert torch.equal(model(**inputs, return_dict=True).logits, logits)
+
+
+def test_base_and_pool_in_contexts_of_their_own() -> None:
+    model = tiny_model(pool=tiny_pool("window"), context="valid")
+    wave = clip(16_000)
+    with torch.no_grad():
+        out = model.get_audio_features(wave[None])
+        assert out.last_hidden_state.shape[0] == 50
+        expected = model.model.mixture(out.last_hidden_state[None], [wave])
+        assert torch.equal(out.pooler_output, expected.tokens)
+        other = tiny_model(pool=tiny_pool("valid"), context="valid").get_audio_features(wave[None])
+    assert not torch.allclose(out.pooler_output, other.pooler_output)
+
+
 MASK = torch.ones(1, 800)
 
 
@@ -214,6 +261,12 @@ def test_audio_of_the_wrong_form_is_refused(model: Any, inputs: dict[str, Any], 
     with pytest.raises(AudioError) as error:
         model.get_audio_features(**inputs)
     assert told in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_window_that_is_too_long_is_named(model: Any) -> None:
+    mask = torch.arange(480_160) < torch.tensor([[16_000], [480_160]])
+    with pytest.raises(AudioError, match="clip 1: a Whisper encoder takes at most 480000 samples, got 480160"):
+        model.get_audio_features(torch.zeros(mask.shape), mask)
 
 
 def test_placeholders_that_do_not_match_are_refused(model: Any, processor: mowe.MoweProcessor) -> None:
@@ -251,3 +304,17 @@ def test_placeholder_outside_the_vocabulary(processor: mowe.MoweProcessor) -> No
     assert inputs["input_ids"].max() == 259
     assert model(**inputs).loss.isfinite()
     assert len(answers(model, processor(PROMPTS, audio=CLIPS))) == 3
+
+
+def test_a_repetition_penalty_takes_a_placeholder_outside_the_vocabulary(processor: mowe.MoweProcessor) -> None:
+    """As if the vocabulary had it, and the scores are those of the tokens that it has."""
+    small, large = (tiny_model(language_model(vocab_size=size, tie_word_embeddings=False)) for size in (259, 260))
+    with torch.no_grad():
+        for theirs, ours in zip(large.parameters(), small.parameters(), strict=True):
+            theirs[: len(ours)] = ours
+    inputs = processor(PROMPTS, audio=CLIPS)
+    settings = {**GREEDY, "repetition_penalty": 1.3}
+    out = small.generate(**inputs, **settings, output_scores=True, return_dict_in_generate=True)
+    assert torch.equal(out.sequences, large.generate(**inputs, **settings))
+    assert torch.equal(out.sequences[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
+    assert out.scores[0].shape == (3, 259)

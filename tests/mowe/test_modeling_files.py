@@ -166,11 +166,70 @@ def test_parts_follow_the_language_model_in_dtype() -> None:
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
+def test_settings_for_generation_are_those_of_the_language_model() -> None:
+    lm = language_model()
+    lm.generation_config.update(max_new_tokens=3, eos_token_id=[257, 5])
+    generation = tiny_model(lm).generation_config
+    assert (generation.max_new_tokens, generation.eos_token_id) == (3, [257, 5])
+
+
+def test_a_pool_of_folders_has_the_context_that_is_asked_for(tmp_path: Path) -> None:
+    whisper(1).save_pretrained(tmp_path)
+    for context in ("valid", "window"):
+        model = mowe.MoweForConditionalGeneration.from_parts(
+            whisper(0), [tmp_path], language_model(), audio_token_id=259, context=context
+        )
+        assert model.config.pool_config.context == model.model.mixture.pool.config.context == context
+
+
+def test_loaded_from_a_state_dict(model: Any, processor: mowe.MoweProcessor) -> None:
+    load = mowe.MoweForConditionalGeneration.from_pretrained
+    loaded = load(None, config=model.config, state_dict=model.state_dict())
+    inputs = processor(PROMPTS, audio=CLIPS)
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    with pytest.raises(CheckpointError, match=f"state_dict: missing keys of the model: {BIAS}"):
+        load(None, config=model.config, state_dict={k: v for k, v in model.state_dict().items() if k != BIAS})
+
+
+PARTS = ("audio_tower", "mixture", "language_model")
+
+
+@pytest.mark.parametrize("offloaded", PARTS)
+def test_only_the_language_model_can_be_offloaded(
+    model: Any, processor: mowe.MoweProcessor, saved: Path, tmp_path: Path, offloaded: str
+) -> None:
+    device_map = {f"model.{part}": "disk" if part == offloaded else "cpu" for part in PARTS}
+
+    def load() -> mowe.MoweForConditionalGeneration:
+        return mowe.MoweForConditionalGeneration.from_pretrained(saved, device_map=device_map, offload_folder=tmp_path)
+
+    if offloaded != "language_model":
+        with pytest.raises(ConfigError, match=rf"device_map offloads parts of model\.{offloaded}; only"):
+            load()
+        return
+    inputs = processor(PROMPTS, audio=CLIPS)
+    with torch.no_grad():
+        assert torch.equal(load()(**inputs).logits, model(**inputs).logits)
+
+
+def test_parts_that_are_read_without_being_called_are_not_split(model: Any) -> None:
+    for part in (model.audio_tower, model.model.mixture, *model.model.mixture.pool.families):
+        assert type(part).__name__ in model._no_split_modules
+
+
 def test_parts_that_cannot_be_joined() -> None:
+    with pytest.raises(ConfigError, match="expected a list of checkpoints, got 'folder'"):
+        tiny_model(pool="folder")
     with pytest.raises(ConfigError, match="num_dependent_slots is 5 but the pool has 4"):
         tiny_model(num_dependent_slots=5)
     with pytest.raises(ConfigError, match=r"unknown keys \['slots'\]"):
         tiny_model(slots=5)
+    short = whisper(0, max_source_positions=750)
+    with pytest.raises(ConfigError, match="audio_config: context 'window' is 30 s, a Whisper encoder of 750 frames"):
+        tiny_model(base=short, context="window")
+    with pytest.raises(ConfigError, match="pool_config: context 'window' is 30 s, a Whisper encoder of 750 frames"):
+        tiny_model(pool=mowe.EncoderPool.from_encoders([whisper(1), short]))
     with pytest.raises(ConfigError, match="audio_token_id is not set"):
         mowe.MoweForConditionalGeneration(mowe.MoweConfig(pool_config=tiny_pool().config))
     with pytest.raises(ConfigError, match="holds 0 encoders"):

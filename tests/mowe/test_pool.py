@@ -200,6 +200,13 @@ def test_each_encoder_needs_an_extractor_or_none_of_them():
         EncoderPool.from_encoders(ENCODERS[:2], [None])
 
 
+def test_encoders_and_checkpoints_come_in_lists():
+    with pytest.raises(ConfigError, match="expected a list of encoders, got HubertModel"):
+        EncoderPool.from_encoders(hubert())
+    with pytest.raises(ConfigError, match="expected a list of checkpoints, got 'folder'"):
+        EncoderPool.from_pretrained("folder")
+
+
 def test_an_empty_pool():
     with pytest.raises(ConfigError, match="a pool needs at least one encoder, got none"):
         EncoderPool.from_encoders([])

@@ -189,6 +189,65 @@ def test_settings_that_are_not_supported_are_refused(processor: mowe.MoweProcess
         processor(**call)
 
 
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        ({"text": 3}, "prompt 0 must be a text, got int"),
+        ({"text": ["a", 3]}, "prompt 1 must be a text, got int"),
+        ({"text": "a", "answers": 3}, "answer 0 must be a text, got int"),
+        ({"text": "a", "answers": [None]}, "answer 0 must be a text, got NoneType"),
+        ({"text": "a", "answer": "b"}, "unknown settings ['answer']"),
+    ],
+)
+def test_mistakes_in_a_call_are_told(processor: mowe.MoweProcessor, call: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        processor(**call)
+    assert told in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("conversation", [None, {"role": "user", "content": "Hi"}, "Hi", [None], [{"role"}]])
+def test_conversations_are_lists(chat_processor: mowe.MoweProcessor, conversation: Any) -> None:
+    with pytest.raises(ConfigError, match="expected a list of messages"):
+        chat_processor.apply_chat_template(conversation)
+
+
+def test_settings_of_the_tokenizer_reach_it(processor: mowe.MoweProcessor) -> None:
+    ids = processor("abc", truncation=True, max_length=2, split_special_tokens=False)["input_ids"]
+    assert ids.tolist() == [processor.tokenizer("ab").input_ids]
+
+
+def test_waveforms_stay_in_float32(processor: mowe.MoweProcessor) -> None:
+    inputs = processor("<|audio|>", audio=clip(16_000))
+    for given in (inputs, processor.feature_extractor(clip(16_000))):
+        moved = given.to("cpu", torch.bfloat16)
+        assert moved["input_features"].dtype == torch.float32
+        assert torch.equal(moved["input_features"], inputs["input_features"])
+    assert processor("a").to("cpu", torch.bfloat16).keys() == {"input_ids", "attention_mask"}
+
+
+def test_prompts_are_padded_on_the_left_and_with_answers_on_the_right(processor: mowe.MoweProcessor) -> None:
+    assert processor(["abc", "d"])["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+    answered = processor(["abc", "d"], answers=["x", "y"])
+    assert answered["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 0, 0]]
+    assert answered["labels"][1, 3:].tolist() == [-100, -100]
+
+
+def test_special_tokens_are_there_once(processor: mowe.MoweProcessor) -> None:
+    """A template writes the begin token itself; without one it is the tokenizer's to add."""
+    template = "{{ bos_token }}" + CHAT_TEMPLATE
+    for begins, chat_template in ((True, template), (False, template), (True, None)):
+        tokenizer = byte_tokenizer(chat_template, begins)
+        inputs = mowe.MoweProcessor(processor.feature_extractor, tokenizer).apply_chat_template(QUESTION, tokenize=True)
+        assert inputs["input_ids"][0].tolist().count(256) == 1 and inputs["input_ids"][0, 0] == 256
+
+
+def test_special_tokens_that_were_there_stay(processor: mowe.MoweProcessor) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>"]})
+    mowe.MoweProcessor(processor.feature_extractor, tokenizer)
+    assert {"<tool>", "<|audio|>"} <= set(tokenizer.all_special_tokens)
+
+
 def test_short_audio_is_padded_and_said(processor: mowe.MoweProcessor) -> None:
     with pytest.warns(UserWarning, match="audio 0: 100 samples are under 25 ms"):
         inputs = processor("<|audio|>", audio=clip(100))
@@ -266,6 +325,12 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     assert loaded.batch_decode(a["input_ids"], skip_special_tokens=True) == ["[user]Who?[assistant]"]
 
 
+def test_loaded_from_a_subfolder(processor: mowe.MoweProcessor, tmp_path: Path) -> None:
+    processor.save_pretrained(tmp_path / "inside")
+    loaded = mowe.MoweProcessor.from_pretrained(tmp_path, subfolder="inside")
+    assert loaded.feature_extractor.to_dict() == processor.feature_extractor.to_dict()
+
+
 def test_tokenizer_without_padding_token() -> None:
     _, extractor = tower("whisper", "valid", "conv")
     tokenizer = byte_tokenizer()
@@ -320,3 +385,31 @@ def test_unknown_key_of_the_extractor_is_refused(tmp_path: Path, processor: mowe
 def test_windows_no_encoder_can_take_are_refused(window: int) -> None:
     with pytest.raises(ConfigError, match="window_samples"):
         mowe.MoweFeatureExtractor([], window_samples=window)
+    with pytest.raises(ConfigError, match=r"must lie in 400\.\.480000, in order, got \d+ and 800"):
+        mowe.MoweFeatureExtractor([], window_samples=800, min_window_samples=window or 801)
+
+
+EIGHT_CONVOLUTIONS = {"conv_dim": [8] * 8, "conv_kernel": [10, 3, 3, 3, 3, 2, 2, 2], "conv_stride": [5] + [2] * 7}
+
+
+@pytest.mark.parametrize(
+    ("parts", "samples", "windows"),
+    [
+        ({"base": whisper(0, max_source_positions=750)}, 320_000, [240_000, 80_000]),
+        ({"pool": [hubert(1), whisper(2, max_source_positions=750)]}, 320_000, [240_000, 80_000]),
+        ({"base": hubert(0, **EIGHT_CONVOLUTIONS)}, 480_450, [480_000, 720]),
+        ({"pool": [hubert(0, **EIGHT_CONVOLUTIONS)]}, 450, [720]),
+    ],
+    ids=["base of 15 s", "pool of 15 s", "base of 45 ms", "pool of 45 ms"],
+)
+def test_windows_fit_all_encoders(parts: dict[str, Any], samples: int, windows: list[int], tmp_path: Path) -> None:
+    if "pool" in parts:
+        parts = {"pool": mowe.EncoderPool.from_encoders(parts["pool"], context="valid")}
+    model = tiny_model(**parts)
+    processor = processor_of(model)
+    processor.save_pretrained(tmp_path)
+    for either in (processor, mowe.MoweProcessor.from_pretrained(tmp_path)):
+        inputs = either("<|audio|>", audio=clip(samples))
+        assert inputs["input_features_mask"].sum(1).tolist() == windows
+    with torch.no_grad():
+        assert model(**inputs).router_indices.shape == (len(windows), 2)

@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import BitsAndBytesConfig, HubertConfig, WhisperConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, HubertConfig, WhisperConfig
 
 import mowe
 from mowe.families.nf4 import Nf4StackedLinear
 from mowe.families.stacked import StackedLinear
-from tests.mowe.audio_llm import CLIPS, PROMPTS, answers, processor_of, tiny_model, tiny_pool
+from tests.mowe.attach.tools import attached
+from tests.mowe.audio_llm import CLIPS, PROMPTS, answers, language_model, processor_of, tiny_model, tiny_pool
 from tests.mowe.encoders import alone, clip, hubert, whisper
 
 WAVES = [clip(16_000, 1), clip(9_000, 3)]
@@ -295,3 +296,24 @@ def test_bad_input_is_refused(saved):
         mowe.quantize(tiny_model(), parts=["router"])
     with pytest.raises(mowe.ConfigError, match="got Linear"):
         mowe.quantize(torch.nn.Linear(2, 2))
+    pool = mowe.quantize(tiny_pool())
+    with pytest.raises(mowe.ConfigError, match="the EncoderPool is already quantised"):
+        mowe.quantize(pool)
+
+
+def test_parts_that_are_quantised_are_refused(tmp_path):
+    """Nothing in the files of a model made of them would tell how to read them."""
+    with pytest.raises(mowe.ConfigError, match="the pool is quantised; give it in full precision"):
+        tiny_model(pool=mowe.quantize(tiny_pool()))
+    language_model().save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(load_in_4bit=True)
+    in_4_bits = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    with pytest.raises(mowe.ConfigError, match="the language model is quantised; give it in full precision"):
+        tiny_model(in_4_bits)
+
+
+def test_an_attached_model_is_not_quantised_in_part():
+    model = attached("qwen2_audio")
+    with pytest.raises(mowe.ConfigError, match=r"got Qwen2Audio.*; another model is loaded in 4 bits"):
+        mowe.quantize(model)
+    assert not model.mowe.pool.quantized

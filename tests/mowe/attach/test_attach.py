@@ -339,6 +339,10 @@ def test_bad_models_and_pools(qwen2_audio: PreTrainedModel) -> None:
         mowe.attach(tiny("qwen2_audio"), tiny_pool().double())
     with pytest.raises(mowe.ConfigError, match=r"the pool is torch.float32 on meta, the model's audio tower"):
         mowe.attach(tiny("qwen2_audio"), tiny_pool().to("meta"))
+    with pytest.raises(mowe.ConfigError, match="the model's audio tower is offloaded"):
+        mowe.attach(tiny("qwen2_audio").to("meta"), tiny_pool().to("meta"))
+    with pytest.raises(mowe.ConfigError, match="the pool is quantised; attach it in full precision"):
+        mowe.attach(tiny("qwen2_audio"), mowe.quantize(tiny_pool()))
     with pytest.raises(mowe.ConfigError, match="expected an EncoderPool, got list"):
         mowe.attach(tiny("qwen2_audio"), [])
     with pytest.raises(mowe.ConfigError, match="expected a model of transformers, got Linear"):

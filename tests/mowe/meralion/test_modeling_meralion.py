@@ -211,6 +211,15 @@ def test_generation_defaults(tmp_path: Path) -> None:
     assert (generation.no_repeat_ngram_size, generation.eos_token_id) == (3, 9)
 
 
+def test_embeddings_as_a_prompt(tmp_path: Path) -> None:
+    write(tmp_path, "meralion2")
+    model = load(tmp_path)
+    text = {"input_ids": torch.tensor([[256, 7, 20, 21, 22]])}
+    embeds = model.get_input_embeddings()(text["input_ids"])
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "no_repeat_ngram_size": 0}
+    assert model.generate(inputs_embeds=embeds, **settings).tolist() == new_tokens(model, text, no_repeat_ngram_size=0)
+
+
 def test_loss_reaches_every_part(tmp_path: Path) -> None:
     write(tmp_path, "meralion2")
     model = load(tmp_path)

@@ -11,8 +11,10 @@ from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
 
 from mowe.audio import WINDOW_SAMPLES
 from mowe.errors import ConfigError
+from mowe.processing_mowe import MoweFeatureExtractor
 from mowe.training.data import FrameBatches, base_frames
 from tests.mowe.audio_llm import tiny_model
+from tests.mowe.encoders import whisper
 
 FRAMES = [random.Random(i).randint(20, 400) for i in range(300)]
 
@@ -82,4 +84,9 @@ def test_frames_are_those_of_the_base_encoder(context: str, samples: int) -> Non
     model = tiny_model(context=context)
     windows = [min(samples, WINDOW_SAMPLES)] + [100] * (samples > WINDOW_SAMPLES)
     expected = {"valid": sum(max(length // 160 + 1, 3) // 2 for length in windows), "window": 1_500 * len(windows)}
-    assert base_frames(model, samples) == expected[context]
+    assert base_frames(model, MoweFeatureExtractor.from_config(model.config), samples) == expected[context]
+
+
+def test_frames_are_those_of_the_windows_that_the_encoders_take() -> None:
+    model = tiny_model(base=whisper(0, max_source_positions=750))
+    assert base_frames(model, MoweFeatureExtractor.from_config(model.config), 320_000) == 750 + 250
