@@ -72,7 +72,8 @@ def train(
 
     resume: go on from the last checkpoint under `output`. callbacks: told of every step, as in transformers. track:
     wraps a list while it is worked through, for a progress bar.
-    Raises MoweError for a configuration, model or manifest that cannot be used, before anything is trained.
+    Raises MoweError for a configuration, model or manifest that cannot be used, before anything is trained, and where
+    training diverges, before anything of it is saved.
     """
     return _Run(config, resume, callbacks, track).train()
 
@@ -220,6 +221,7 @@ class _Run:
             bf16=config.bf16,
             seed=config.seed,
             logging_steps=config.log_every,
+            logging_nan_inf_filter=False,
             save_strategy="steps",
             save_steps=config.save_every,
             save_total_limit=config.keep,

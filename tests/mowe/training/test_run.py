@@ -170,6 +170,23 @@ def test_a_clip_damaged_in_its_middle_ends_a_run_with_one_line(
         train(config)
 
 
+@pytest.mark.parametrize(
+    ("stage", "told"),
+    [
+        ({"steps": 12, "learning_rate": 1e9}, "stage-0, step 12: loss is nan"),
+        ({"steps": 1, "learning_rate": 1e39, "warmup": 0}, r"stage-0, step 1: model\..* holds NaN or infinite values"),
+    ],
+    ids=["the loss tells", "only the last update tells"],
+)
+def test_a_run_that_diverges_ends_with_one_line_and_saves_nothing(
+    settings: Callable[..., TrainConfig], tmp_path: Path, stage: dict, told: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"^{told}, training diverged; lower learning_rate$"):
+        train(settings(stages=[stage], log_every=12))
+    assert not (tmp_path / "run" / "model").exists() and list((tmp_path / "run" / "stage-0").iterdir()) == []
+    assert "NaN" not in (tmp_path / "run" / "log.jsonl").read_text()
+
+
 def test_picture_of_routing(tmp_path: Path) -> None:
     """The colours of a panel follow the shares: all to encoder 0 first, all to encoder 1 in the end."""
     entries = [
