@@ -199,5 +199,5 @@ def test_picture_of_routing(tmp_path: Path) -> None:
     picture = imread(tmp_path / "a.png")[..., :3]
     green, red = (np.abs(picture - np.array(c) / 255).sum(-1) < 0.02 for c in ((42, 157, 143), (231, 111, 81)))
     assert green.mean() > 0.05 and red.mean() > 0.02
-    with pytest.raises(ConfigError, match="the picture cannot be written"):
+    with pytest.raises(ConfigError, match="its folder does not exist"):
         training_picture(tmp_path / "none" / "a.png", entries, ["a", "b"], "Title")
