@@ -60,7 +60,7 @@ def read(manifests: Sequence[Path], screen: Screen) -> list[Example]:
     """The examples of all manifests. Raises MoweError for lines that cannot be used."""
     examples: list[Example] = []
     for path in manifests:
-        examples += read_manifest(path, track=lambda clips: screen.track(clips, "reading manifests"))
+        examples += read_manifest(path, decode=True, track=lambda clips: screen.track(clips, "reading manifests"))
     return examples
 
 

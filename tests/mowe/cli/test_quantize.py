@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 
 from mowe.cli._quality import Heard, Quality, compare
@@ -100,6 +102,16 @@ def test_worse_answers_are_warned_of():
     assert not Change(wrong, right).warnings()
 
 
+def manifest_of_nan(folder: Path) -> Path:
+    """A manifest with one clip, whose damage shows only when all of it is decoded."""
+    samples = np.zeros(16_000, np.float32)
+    samples[8_000] = np.nan
+    soundfile.write(folder / "nan.wav", samples, 16_000, subtype="FLOAT")
+    manifest = folder / "nan.jsonl"
+    manifest.write_text(json.dumps({"audio": "nan.wav", "task": "mood", "prompt": "?", "answer": "sad"}))
+    return manifest
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -107,6 +119,7 @@ def test_worse_answers_are_warned_of():
         (lambda model, out: [model, model], "expected a new or empty folder"),
         (lambda model, out: [out, out / "x"], "no such folder"),
         (lambda model, out: [model, out, "--manifest", out / "x.jsonl"], "x.jsonl"),
+        (lambda model, out: [model, out, "--manifest", manifest_of_nan(out.parent)], "line 1: "),
     ],
 )
 def test_bad_input_ends_with_one_line(run: Run, saved_model: Path, sounds: Path, tmp_path: Path, arguments, message):
