@@ -273,8 +273,8 @@ class _Run:
         names = [
             f"{encoder.model_type} {i}" for i, encoder in enumerate(self.model.config.pool_config.encoder_configs())
         ]
-        entries = read_lines(self.output / "routing.jsonl")
-        training_picture(self.output / "routing.png", entries, names, "Who listened as training went on")
+        if entries := read_lines(self.output / "routing.jsonl"):
+            training_picture(self.output / "routing.png", entries, names, "Who listened as training went on")
 
 
 def load(config: TrainConfig, in_4_bits: bool = False) -> tuple[MoweForConditionalGeneration, MoweProcessor]:

@@ -136,6 +136,19 @@ def test_weights_of_manifests_and_tasks_and_what_is_logged(
     assert imread(tmp_path / "run" / "routing.png").std() > 0.1
 
 
+def test_a_stage_shorter_than_an_entry_of_the_log_has_one(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    config, run = settings(stages=[{"steps": 2}, {"steps": 5}], log_every=3), tmp_path / "run"
+    done = train(config)
+    for name in ("log.jsonl", "routing.jsonl"):
+        steps = [(e["stage"], e["step"]) for e in read_lines(run / name) if "loss" in e or "windows" in e]
+        assert steps == [(0, 2), (1, 3), (1, 5)], name
+    assert all("loss" in stage for stage in done.stages)
+    for name in ("routing.jsonl", "routing.png"):
+        (run / name).unlink()
+    train(config, resume=True)  # of a run that has no entry there is no picture
+    assert not (run / "routing.png").exists()
+
+
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
