@@ -30,7 +30,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from mowe.data import Example, Manifest, read_manifest
 from mowe.errors import AudioError, ConfigError, MoweError
-from mowe.files import make_folder, write_text
+from mowe.files import check_folder, make_folder, write_text
 from mowe.modeling_mowe import MoweForConditionalGeneration, load_language_model
 from mowe.processing_mowe import MoweFeatureExtractor, MoweProcessor
 from mowe.quantization import MoweQuantizationConfig, quantize
@@ -347,21 +347,22 @@ def _by_task(examples: Iterable[Example]) -> dict[str, list[Example]]:
 
 
 def _check_output(config: TrainConfig, resume: bool) -> None:
-    """Raise ConfigError where this run would mix with another one."""
+    """Raise ConfigError where there can be no run, where it would mix with another one or has none to go on with."""
     output = Path(config.output)
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"output: {output} is not a folder")
-    stored = output / _CONFIG
+    check_folder(output, "output")
     if not resume:
         if output.is_dir() and any(output.iterdir()):
             raise ConfigError(f"output: {output} is not empty; go on with --resume or choose another folder")
-    elif stored.exists():
-        before, now = json.loads(stored.read_text(encoding="utf-8")), _flat(asdict(config))
-        defaults = {f.name: f.default for f in fields(config)}  # of fields that are newer than that run
-        for name in sorted(before.keys() | now.keys()):
-            was, is_now = before.get(name, defaults.get(name)), now.get(name)
-            if was != is_now and name not in _FREE_TO_CHANGE:
-                raise ConfigError(f"{name}: {output} was begun with {was!r}, it cannot go on with {is_now!r}")
+        return
+    stored = output / _CONFIG
+    if not stored.exists():
+        raise ConfigError(f"output: {output} has no run to go on with; begin one without --resume")
+    before, now = json.loads(stored.read_text(encoding="utf-8")), _flat(asdict(config))
+    defaults = {f.name: f.default for f in fields(config)}  # of fields that are newer than that run
+    for name in sorted(before.keys() | now.keys()):
+        was, is_now = before.get(name, defaults.get(name)), now.get(name)
+        if was != is_now and name not in _FREE_TO_CHANGE:
+            raise ConfigError(f"{name}: {output} was begun with {was!r}, it cannot go on with {is_now!r}")
 
 
 def _write_config(config: TrainConfig) -> None:

@@ -169,6 +169,16 @@ def test_what_cannot_be_is_told_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("below", [".", "run"])
+def test_an_output_that_cannot_be_a_folder_is_told_first(
+    settings: Callable[..., TrainConfig], tmp_path: Path, below: str
+) -> None:
+    (tmp_path / "file").touch()
+    output = tmp_path / "file" / below
+    with pytest.raises(ConfigError, match=f"^output {output}: not a folder, nor can it become one$"):
+        train(settings(model="no/such/model/at all", output=str(output)))
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_clip_damaged_in_its_middle_ends_a_run_with_one_line(
     settings: Callable[..., TrainConfig], tmp_path: Path, workers: int
