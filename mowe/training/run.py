@@ -28,8 +28,9 @@ from transformers.integrations import is_tensorboard_available
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from mowe.checkpoint import reading
 from mowe.data import Example, Manifest, read_manifest
-from mowe.errors import AudioError, ConfigError, MoweError
+from mowe.errors import AudioError, CheckpointError, ConfigError, MoweError, naming
 from mowe.files import check_folder, make_folder, write_text
 from mowe.modeling_mowe import MoweForConditionalGeneration, load_language_model
 from mowe.processing_mowe import MoweFeatureExtractor, MoweProcessor
@@ -284,6 +285,8 @@ def load(config: TrainConfig, in_4_bits: bool = False) -> tuple[MoweForCondition
     """
     set_seed(config.seed)
     if isinstance(config.model, str):
+        if not Path(config.model).is_dir():
+            raise CheckpointError(f"model: {config.model}: no such folder, expected that of a saved model")
         quantization = MoweQuantizationConfig(["language_model"]) if in_4_bits else None
         model = MoweForConditionalGeneration.from_pretrained(
             config.model, dtype="float32", quantization_config=quantization
@@ -297,7 +300,9 @@ def load(config: TrainConfig, in_4_bits: bool = False) -> tuple[MoweForCondition
 
 
 def _from_parts(parts: PartsConfig) -> tuple[MoweForConditionalGeneration, MoweProcessor]:
-    tokenizer = AutoTokenizer.from_pretrained(parts.tokenizer or parts.language_model)
+    source = parts.tokenizer or parts.language_model
+    with naming(source), reading("the tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.add_special_tokens({"additional_special_tokens": [_AUDIO_TOKEN]}, replace_extra_special_tokens=False)
     model = MoweForConditionalGeneration.from_parts(
         parts.audio_tower,

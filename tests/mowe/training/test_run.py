@@ -104,6 +104,9 @@ def test_a_model_built_from_parts(settings: Callable[..., TrainConfig], tmp_path
         assert torch.equal(value, pool.state_dict()[name]), name
     with pytest.raises(CheckpointError, match="no such folder"):
         train(settings(model={**parts, "audio_tower": str(tmp_path / "none")}, output=str(tmp_path / "other")))
+    for part in ("language_model", "tokenizer"):
+        with pytest.raises(CheckpointError, match=f"^{tmp_path}/none: cannot read the tokenizer: "):
+            train(settings(model={**parts, part: str(tmp_path / "none")}, output=str(tmp_path / "other")))
     with pytest.raises(ConfigError, match="MoweConfig: unknown keys"):
         train(settings(model={**parts, "settings": {"slots": 2}}, output=str(tmp_path / "other")))
 
@@ -156,7 +159,11 @@ def test_a_stage_shorter_than_an_entry_of_the_log_has_one(settings: Callable[...
         ({"data": {"task_weights": {"lwo": 1.0}}}, ConfigError, "data.task_weights: no example is of the task lwo"),
         ({"data": {"batch_frames": 5}}, ConfigError, "data.batch_frames is 5 but a clip has"),
         ({"trainable": {"pool": [True]}}, ConfigError, "trainable.pool: 1 entries, but the pool has 4 encoders"),
-        ({"model": "no/such/model/at all"}, CheckpointError, "no such folder"),
+        (
+            {"model": "runs/strat"},
+            CheckpointError,
+            "^model: runs/strat: no such folder, expected that of a saved model$",
+        ),
         ({"fsdp": True}, ConfigError, "fsdp: needs several processes"),
         ({"trainer": {"optim": "adamx"}}, ConfigError, "trainer: adamx is not a valid"),
     ],
