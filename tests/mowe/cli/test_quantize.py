@@ -115,6 +115,19 @@ def manifest_of_nan(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (lambda file: [file.parent / "out", "--part", "router"], "parts to quantise must be among"),
+        (lambda file: [file / "out"], "not a folder, nor can it become one"),
+    ],
+)
+def test_parts_and_folder_are_looked_at_first(run: Run, sounds: Path, tmp_path: Path, arguments, message):
+    (tmp_path / "file").touch()
+    result = run("quantize", tmp_path / "no model", *arguments(tmp_path / "file"), "--manifest", tmp_path / "none")
+    assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         (lambda model, out: [model, out, "--part", "router"], "parts to quantise must be among"),
         (lambda model, out: [model, model], "expected a new or empty folder"),
         (lambda model, out: [out, out / "x"], "no such folder"),
