@@ -79,6 +79,8 @@ def run(
     if load_in_4bit:
         from mowe.quantization import DEFAULT_PARTS as parts
     loaded = load_model(folder, screen, parts)
+    for manifest in manifests:
+        manifest.check_prompts(loaded.processor.audio_token)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of clips, told when the manifests were read
         report = evaluate(

@@ -20,7 +20,7 @@ def run(
     folder: Path,
     out: Path,
     audio: Sequence[Path],
-    manifests: Sequence[Path],
+    paths: Sequence[Path],
     max_new_tokens: int,
     parts: Sequence[str],
     double_quant: bool,
@@ -39,13 +39,13 @@ def run(
         from mowe.cli.demo import bundled_clips
 
         clips = bundled_clips(screen)
-    examples = _tasks.read(manifests, screen)
-    before = _tasks.answered(load_model(folder, screen), examples, max_new_tokens, screen) if examples else None
+    manifests = _tasks.read(paths, screen)
+    before = _tasks.answered(load_model(folder, screen), manifests, max_new_tokens, screen) if manifests else None
     loaded, comparison = quantized(folder, clips, screen, chosen, double_quant)
     data = comparison.as_data()
     tables: list[RenderableType] = [comparison.report()]
     if before:
-        tasks = _tasks.Change(before, _tasks.answered(loaded, examples, max_new_tokens, screen))
+        tasks = _tasks.Change(before, _tasks.answered(loaded, manifests, max_new_tokens, screen))
         _tell(tasks.warnings(), screen)
         data, tables = {**data, "tasks": tasks.as_data()}, [*tables, Text(), tasks.report()]
     with screen.step("saving"), whole(out) as unfinished:

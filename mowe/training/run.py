@@ -101,6 +101,8 @@ class _Run:
             for example in manifest
         ]
         self._load(config.load_in_4bit)
+        for manifest in (*manifests, *validation):
+            manifest.check_prompts(self.processor.audio_token)
         if config.fsdp and self.parts.in_4_bits:
             raise ConfigError("fsdp: a model in 4 bits is not sharded, train it without fsdp")
         for trainable in self.trainable:

@@ -148,6 +148,7 @@ def test_bad_lines_are_told_or_skipped(run: Run, folder: Path) -> None:
         (("good.jsonl", "--metric", "asr"), "TASK=METRIC"),
         (("good.jsonl", "--metric", "singing=wer"), "no example has the task 'singing'; there are asr, mood"),
         (("good.jsonl", "--tasks", "mood, singing"), "no example has the task 'singing'; there are asr, mood"),
+        (("token.jsonl",), "token.jsonl: line 2: the audio is put before the prompt, leave <|audio|> out"),
         (("good.jsonl", "--model", "nowhere"), "nowhere: no such folder"),
         (("good.jsonl", "--predictions", "."), "directory"),
         (("good.jsonl", "--predictions", "nowhere/p.jsonl"), "its folder does not exist"),
@@ -164,6 +165,7 @@ def test_bad_input(
 ) -> None:
     monkeypatch.chdir(folder)
     (folder / "empty.jsonl").touch()
+    write(folder / "token.jsonl", [ROWS[0], {**ROWS[1], "prompt": "hi <|audio|>"}])
     before = sorted(folder.iterdir())
     assert told in refused(run, *arguments)
     assert sorted(folder.iterdir()) == before

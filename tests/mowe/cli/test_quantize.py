@@ -102,13 +102,13 @@ def test_worse_answers_are_warned_of():
     assert not Change(wrong, right).warnings()
 
 
-def manifest_of_nan(folder: Path) -> Path:
-    """A manifest with one clip, whose damage shows only when all of it is decoded."""
+def manifest_of(sample: float, prompt: str, folder: Path) -> Path:
+    """A manifest of one clip, which has the sample in its middle: damage there shows only when all is decoded."""
     samples = np.zeros(16_000, np.float32)
-    samples[8_000] = np.nan
-    soundfile.write(folder / "nan.wav", samples, 16_000, subtype="FLOAT")
-    manifest = folder / "nan.jsonl"
-    manifest.write_text(json.dumps({"audio": "nan.wav", "task": "mood", "prompt": "?", "answer": "sad"}))
+    samples[8_000] = sample
+    soundfile.write(folder / "clip.wav", samples, 16_000, subtype="FLOAT")
+    manifest = folder / "clips.jsonl"
+    manifest.write_text(json.dumps({"audio": "clip.wav", "task": "mood", "prompt": prompt, "answer": "sad"}))
     return manifest
 
 
@@ -132,7 +132,8 @@ def test_parts_and_folder_are_looked_at_first(run: Run, sounds: Path, tmp_path: 
         (lambda model, out: [model, model], "expected a new or empty folder"),
         (lambda model, out: [out, out / "x"], "no such folder"),
         (lambda model, out: [model, out, "--manifest", out / "x.jsonl"], "x.jsonl"),
-        (lambda model, out: [model, out, "--manifest", manifest_of_nan(out.parent)], "line 1: "),
+        (lambda model, out: [model, out, "--manifest", manifest_of(np.nan, "?", out.parent)], "line 1: "),
+        (lambda model, out: [model, out, "--manifest", manifest_of(0.5, "<|audio|>", out.parent)], "line 1: the audio"),
     ],
 )
 def test_bad_input_ends_with_one_line(run: Run, saved_model: Path, sounds: Path, tmp_path: Path, arguments, message):

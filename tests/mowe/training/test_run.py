@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -173,6 +174,17 @@ def test_what_cannot_be_is_told_before_anything_is_written(
 ) -> None:
     with pytest.raises(error, match=message):
         train(settings(**fields))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_prompt_with_the_token_of_the_audio_is_told_by_line(
+    settings: Callable[..., TrainConfig], tones: Path, tmp_path: Path
+) -> None:
+    manifest = tmp_path / "token.jsonl"
+    line = {"audio": str(tones / "valid0.wav"), "task": "any", "prompt": "?", "answer": "x"}
+    manifest.write_text("".join(json.dumps({**line, "prompt": prompt}) + "\n" for prompt in ("?", "hi <|audio|>")))
+    with pytest.raises(DataError, match=rf"^{manifest}: line 2: the audio is put before the prompt, leave <\|audio"):
+        train(settings(data={"validation": [str(manifest)]}))
     assert not (tmp_path / "run").exists()
 
 
