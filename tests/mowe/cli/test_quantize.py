@@ -10,7 +10,8 @@ import pytest
 import soundfile
 import torch
 
-from mowe.cli._quality import Heard, Quality, compare
+from mowe.cli._inputs import skeleton
+from mowe.cli._quality import Heard, Quality, compare, memory
 from mowe.cli._tasks import Change
 from mowe.data import Example
 from mowe.evaluation import score
@@ -39,6 +40,10 @@ def test_reports_memory_and_quality(quantized):
         assert after[part] == before[part]
     assert 0 < said["quality"]["relative_error"] < 1 and 0.5 < said["quality"]["cosine"] < 1
     assert 0 <= said["quality"]["router_agreement"] <= 1
+
+
+def test_memory_of_the_demo_model_is_told_without_its_weights():
+    assert memory(skeleton(None)) == memory(nano_model()[0])
 
 
 def test_folder_answers(run: Run, quantized, sounds: Path):
