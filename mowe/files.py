@@ -14,13 +14,16 @@ from mowe.errors import ConfigError
 def whole_file(path: str | os.PathLike[str], what: str) -> Iterator[Path]:
     """A name beside `path` to write to, which becomes `path` if nothing fails. what: what errors call the file.
 
-    Raises ConfigError where the system refuses to write; a file that was there before stays as it was.
+    Where `path` is a link, the file that it points to is replaced.
+    Raises ConfigError where the system refuses to write or something else than a file is there; what was there before
+    stays as it was.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    check_file(path, what)
+    file = Path(os.path.realpath(path))
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
         yield partial
-        partial.replace(path)
+        partial.replace(file)
     except OSError as error:
         raise ConfigError(f"{path}: {what} cannot be written ({error.strerror})") from None
     finally:
@@ -35,12 +38,13 @@ def write_text(path: str | os.PathLike[str], text: str, what: str) -> None:
 
 def check_file(path: str | os.PathLike[str], what: str) -> None:
     """Raise ConfigError for a path no file can be written to, before anything is computed."""
-    path = Path(path)
-    if path.is_dir():
-        raise ConfigError(f"{path}: expected a file to write {what} to, got a directory")
-    if not path.parent.is_dir():
+    file = Path(os.path.realpath(path))
+    if file.exists() and not file.is_file():
+        kind = "a directory" if file.is_dir() else "a special file"
+        raise ConfigError(f"{path}: expected a file to write {what} to, got {kind}")
+    if not file.parent.is_dir():
         raise ConfigError(f"{path}: its folder does not exist")
-    if not os.access(path.parent, os.W_OK):
+    if not os.access(file.parent, os.W_OK):
         raise ConfigError(f"{path}: its folder cannot be written to")
 
 

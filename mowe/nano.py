@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager
 from importlib.resources import as_file, files
+from pathlib import Path
 from typing import Any
 
 from mowe.modeling_mowe import MoweForConditionalGeneration
 from mowe.processing_mowe import MoweProcessor
 
 _FOLDER = files("mowe") / "assets" / "nano"
+
+
+def nano_folder() -> AbstractContextManager[Path]:
+    """The folder that the model is saved in, for as long as the context lasts."""
+    return as_file(_FOLDER)
 
 
 def nano_model() -> tuple[MoweForConditionalGeneration, MoweProcessor]:
@@ -19,7 +26,7 @@ def nano_model() -> tuple[MoweForConditionalGeneration, MoweProcessor]:
     router; the paper's `conv` projector; a Llama of three layers. What it was trained on and how right it is:
     mowe/assets/nano/README.md.
     """
-    with as_file(_FOLDER) as folder:
+    with nano_folder() as folder:
         model = MoweForConditionalGeneration.from_pretrained(folder, dtype="float32", local_files_only=True)
         return model.eval(), MoweProcessor.from_pretrained(folder, local_files_only=True)
 

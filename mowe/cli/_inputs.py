@@ -105,11 +105,12 @@ def load_model(
 
 
 def skeleton(folder: Path | None) -> MoweForConditionalGeneration:
-    """The modules of a model, in the type it is stored in; those of a folder without their weights."""
+    """The modules of a model without their weights, in the type it is stored in; the demo model in float32."""
     if folder is None:
-        from mowe.nano import nano_model
+        from mowe.nano import nano_folder
 
-        return nano_model()[0]
+        with nano_folder() as folder:
+            return skeleton(folder).float()
     config = read_config(folder)
     with naming(folder), torch.device("meta"):
         model = MoweForConditionalGeneration(config)

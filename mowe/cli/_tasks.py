@@ -13,7 +13,7 @@ from rich.text import Text
 
 from mowe.cli._inputs import LoadedModel
 from mowe.cli._screen import Screen, printable
-from mowe.data import Example, read_manifest
+from mowe.data import Manifest, read_manifest
 from mowe.evaluation import Report, Score, evaluate
 from mowe.evaluation.pictures import METRIC_NAMES
 
@@ -56,20 +56,21 @@ class Change:
         yield "all tasks", len(self.before.answers), "score", *overall
 
 
-def read(manifests: Sequence[Path], screen: Screen) -> list[Example]:
-    """The examples of all manifests. Raises MoweError for lines that cannot be used."""
-    examples: list[Example] = []
-    for path in manifests:
-        examples += read_manifest(path, track=lambda clips: screen.track(clips, "reading manifests"))
-    return examples
+def read(paths: Sequence[Path], screen: Screen) -> list[Manifest]:
+    """Raises MoweError for lines that cannot be used."""
+    return [
+        read_manifest(path, decode=True, track=lambda clips: screen.track(clips, "reading manifests")) for path in paths
+    ]
 
 
-def answered(loaded: LoadedModel, examples: Sequence[Example], max_new_tokens: int, screen: Screen) -> Report:
-    """How right the model is."""
+def answered(loaded: LoadedModel, manifests: Sequence[Manifest], max_new_tokens: int, screen: Screen) -> Report:
+    """How right the model is. Raises DataError for prompts that it cannot be given."""
+    for manifest in manifests:
+        manifest.check_prompts(loaded.processor.audio_token)
     return evaluate(
         loaded.model,
         loaded.processor,
-        examples,
+        [example for manifest in manifests for example in manifest],
         max_new_tokens=max_new_tokens,
         track=lambda batches: screen.track(batches, "answering"),
     )

@@ -67,7 +67,9 @@ def run(
     outputs.check(paths)
     chosen = dict(_rule(text) for text in metrics)
     with _warnings_as_notes(screen):
-        manifests = [read_manifest(path, skip_bad=skip_bad, track=_reading(path, screen)) for path in paths]
+        manifests = [
+            read_manifest(path, skip_bad=skip_bad, decode=True, track=_reading(path, screen)) for path in paths
+        ]
     asked = [(manifest.path, example) for manifest in manifests for example in manifest]
     if tasks is not None:
         asked = _of_tasks(asked, [task.strip() for task in tasks.split(",")])
@@ -77,6 +79,8 @@ def run(
     if load_in_4bit:
         from mowe.quantization import DEFAULT_PARTS as parts
     loaded = load_model(folder, screen, parts)
+    for manifest in manifests:
+        manifest.check_prompts(loaded.processor.audio_token)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of clips, told when the manifests were read
         report = evaluate(

@@ -12,7 +12,8 @@ from rich.text import Text
 from mowe.cli._answers import answers
 from mowe.cli._inputs import load_model, read_clips
 from mowe.cli._screen import Screen, model_heading, printable
-from mowe.errors import ConfigError
+from mowe.data import check_prompt
+from mowe.errors import ConfigError, naming
 
 _BATCH = 8  # clips answered together
 
@@ -37,6 +38,8 @@ def run(
         data, tables = {"quantization": comparison.as_data()}, [Text(), comparison.report()]
     else:
         loaded = load_model(folder, screen)
+    with naming("--prompt"):
+        check_prompt(prompt, loaded.processor.audio_token)
     texts = []
     for first in screen.track(range(0, len(clips), _BATCH), "answering"):
         texts += answers(loaded, clips[first : first + _BATCH], prompt, max_new_tokens)

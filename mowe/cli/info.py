@@ -49,7 +49,7 @@ def run(folder: Path | None, screen: Screen) -> None:
     versions = {"python": platform.python_version()} | {name: package_version(name) for name in _VERSIONS}
     data = {
         "model": folder and str(folder),
-        "trained": None if folder else False,
+        "trained": None if folder else True,
         "context": model.config.context,
         "parts": [asdict(part) for part in parts],
         "parameters": sum(part.parameters for part in parts),

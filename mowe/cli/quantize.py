@@ -12,13 +12,15 @@ from mowe.cli._inputs import Clip, LoadedModel, load_model, read_clips, skeleton
 from mowe.cli._quality import Comparison, compare, hear, memory
 from mowe.cli._screen import Screen, model_heading, printable
 from mowe.errors import ConfigError
+from mowe.files import check_folder
+from mowe.quantization import DEFAULT_PARTS, MoweQuantizationConfig, quantize
 
 
 def run(
     folder: Path,
     out: Path,
     audio: Sequence[Path],
-    manifests: Sequence[Path],
+    paths: Sequence[Path],
     max_new_tokens: int,
     parts: Sequence[str],
     double_quant: bool,
@@ -29,19 +31,21 @@ def run(
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: expected a new or empty folder to write to")
+    check_folder(out, "OUT")
+    chosen = MoweQuantizationConfig(parts or DEFAULT_PARTS).parts  # refused before anything is loaded
     if audio:
         clips = read_clips(audio, screen)
     else:
         from mowe.cli.demo import bundled_clips
 
         clips = bundled_clips(screen)
-    examples = _tasks.read(manifests, screen)
-    before = _tasks.answered(load_model(folder, screen), examples, max_new_tokens, screen) if examples else None
-    loaded, comparison = quantized(folder, clips, screen, parts, double_quant)
+    manifests = _tasks.read(paths, screen)
+    before = _tasks.answered(load_model(folder, screen), manifests, max_new_tokens, screen) if manifests else None
+    loaded, comparison = quantized(folder, clips, screen, chosen, double_quant)
     data = comparison.as_data()
     tables: list[RenderableType] = [comparison.report()]
     if before:
-        tasks = _tasks.Change(before, _tasks.answered(loaded, examples, max_new_tokens, screen))
+        tasks = _tasks.Change(before, _tasks.answered(loaded, manifests, max_new_tokens, screen))
         _tell(tasks.warnings(), screen)
         data, tables = {**data, "tasks": tasks.as_data()}, [*tables, Text(), tasks.report()]
     with screen.step("saving"), whole(out) as unfinished:
@@ -61,7 +65,7 @@ def quantized(
     folder: Path | None,
     clips: Sequence[Clip],
     screen: Screen,
-    parts: Sequence[str] | None = None,
+    parts: Sequence[str] = DEFAULT_PARTS,
     double_quant: bool = True,
 ) -> tuple[LoadedModel, Comparison]:
     """A model in 4 bits, and what that does to its memory and its audio embeddings, warned of where bad.
@@ -69,11 +73,8 @@ def quantized(
     The language model, which the embeddings do not depend on, is quantised while it is read, the encoders after they
     have been listened to: at no time is more in memory than the language model in 4 bits and the encoders in full.
     """
-    from mowe.quantization import DEFAULT_PARTS, MoweQuantizationConfig, quantize
-
-    chosen = MoweQuantizationConfig(parts or DEFAULT_PARTS).parts  # refused before anything is loaded
-    encoders = [part for part in chosen if part in ("audio_tower", "pool")]
-    texts = [part for part in chosen if part not in encoders]
+    encoders = [part for part in parts if part in ("audio_tower", "pool")]
+    texts = [part for part in parts if part not in encoders]
     before = memory(skeleton(folder))
     loaded = load_model(folder, screen, texts, double_quant)
     with screen.step("listening"):

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from mowe.audio import as_waveform, clip_samples, decode_audio
-from mowe.errors import DataError, MoweError
+from mowe.errors import DataError, MoweError, naming
 
 _TEXTS = ("task", "prompt", "answer")
 _REQUIRED = ("audio", *_TEXTS)
@@ -81,6 +81,18 @@ class Manifest(Sequence[Example]):
     def __getitem__(self, index: Any) -> Any:
         return self.examples[index]
 
+    def check_prompts(self, audio_token: str) -> None:
+        """Raise DataError, naming the line, for a prompt that `check_prompt` refuses."""
+        for example in self.examples:
+            with naming(f"{self.path}: {_unit(self.path)} {example.line}"):
+                check_prompt(example.prompt, audio_token)
+
+
+def check_prompt(prompt: str, audio_token: str) -> None:
+    """Raise DataError for a prompt with the token that stands for audio."""
+    if audio_token in prompt:
+        raise DataError(f"the audio is put before the prompt, leave {audio_token} out")
+
 
 def read_manifest(
     path: str | os.PathLike[str],
@@ -98,7 +110,7 @@ def read_manifest(
     line is left.
     """
     path = Path(path)
-    word, rows = ("row", _dataset_rows(path)) if path.is_dir() else ("line", _json_lines(path))
+    word, rows = _unit(path), _dataset_rows(path) if path.is_dir() else _json_lines(path)
     problems: dict[int, str] = {}
     found = []
     for line, row in rows:
@@ -121,6 +133,11 @@ def read_manifest(
     if not examples:
         raise DataError(f"{path}: no {word} that can be used" + (f": {_first_of(told)}" if told else ", it is empty"))
     return Manifest(path, tuple(examples), tuple(told))
+
+
+def _unit(path: Path) -> str:
+    """What an example is called in messages."""
+    return "row" if path.is_dir() else "line"
 
 
 def _decoded_samples(example: Example) -> int:

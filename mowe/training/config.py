@@ -203,7 +203,7 @@ _OURS = {
     "dataloader_num_workers": "data.workers", "load_best_model_at_end": "keep", "push_to_hub": "output",
     **dict.fromkeys(
         ("prediction_loss_only", "remove_unused_columns", "accelerator_config", "disable_tqdm", "use_cpu",
-         "fsdp_config", "ddp_find_unused_parameters", "ddp_broadcast_buffers"),
+         "fsdp_config", "ddp_find_unused_parameters", "ddp_broadcast_buffers", "logging_nan_inf_filter"),
         "training here",
     ),
 }  # fmt: skip

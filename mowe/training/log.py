@@ -32,6 +32,9 @@ class RunLog(TrainerCallback):
                 ]
                 write_text(self.folder / name, "".join(map(_as_line, kept)), "the log")
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_log |= state.global_step == state.max_steps  # a short stage has an entry too
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return

@@ -28,9 +28,10 @@ from transformers.integrations import is_tensorboard_available
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from mowe.checkpoint import reading
 from mowe.data import Example, Manifest, read_manifest
-from mowe.errors import AudioError, ConfigError, MoweError
-from mowe.files import make_folder, write_text
+from mowe.errors import AudioError, CheckpointError, ConfigError, MoweError, naming
+from mowe.files import check_folder, make_folder, write_text
 from mowe.modeling_mowe import MoweForConditionalGeneration, load_language_model
 from mowe.processing_mowe import MoweFeatureExtractor, MoweProcessor
 from mowe.quantization import MoweQuantizationConfig, quantize
@@ -72,7 +73,8 @@ def train(
 
     resume: go on from the last checkpoint under `output`. callbacks: told of every step, as in transformers. track:
     wraps a list while it is worked through, for a progress bar.
-    Raises MoweError for a configuration, model or manifest that cannot be used, before anything is trained.
+    Raises MoweError for a configuration, model or manifest that cannot be used, before anything is trained, and where
+    training diverges, before anything of it is saved.
     """
     return _Run(config, resume, callbacks, track).train()
 
@@ -99,6 +101,8 @@ class _Run:
             for example in manifest
         ]
         self._load(config.load_in_4bit)
+        for manifest in (*manifests, *validation):
+            manifest.check_prompts(self.processor.audio_token)
         if config.fsdp and self.parts.in_4_bits:
             raise ConfigError("fsdp: a model in 4 bits is not sharded, train it without fsdp")
         for trainable in self.trainable:
@@ -220,6 +224,7 @@ class _Run:
             bf16=config.bf16,
             seed=config.seed,
             logging_steps=config.log_every,
+            logging_nan_inf_filter=False,
             save_strategy="steps",
             save_steps=config.save_every,
             save_total_limit=config.keep,
@@ -272,8 +277,8 @@ class _Run:
         names = [
             f"{encoder.model_type} {i}" for i, encoder in enumerate(self.model.config.pool_config.encoder_configs())
         ]
-        entries = read_lines(self.output / "routing.jsonl")
-        training_picture(self.output / "routing.png", entries, names, "Who listened as training went on")
+        if entries := read_lines(self.output / "routing.jsonl"):
+            training_picture(self.output / "routing.png", entries, names, "Who listened as training went on")
 
 
 def load(config: TrainConfig, in_4_bits: bool = False) -> tuple[MoweForConditionalGeneration, MoweProcessor]:
@@ -283,6 +288,8 @@ def load(config: TrainConfig, in_4_bits: bool = False) -> tuple[MoweForCondition
     """
     set_seed(config.seed)
     if isinstance(config.model, str):
+        if not Path(config.model).is_dir():
+            raise CheckpointError(f"model: {config.model}: no such folder, expected that of a saved model")
         quantization = MoweQuantizationConfig(["language_model"]) if in_4_bits else None
         model = MoweForConditionalGeneration.from_pretrained(
             config.model, dtype="float32", quantization_config=quantization
@@ -296,7 +303,9 @@ def load(config: TrainConfig, in_4_bits: bool = False) -> tuple[MoweForCondition
 
 
 def _from_parts(parts: PartsConfig) -> tuple[MoweForConditionalGeneration, MoweProcessor]:
-    tokenizer = AutoTokenizer.from_pretrained(parts.tokenizer or parts.language_model)
+    source = parts.tokenizer or parts.language_model
+    with naming(source), reading("the tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.add_special_tokens({"additional_special_tokens": [_AUDIO_TOKEN]}, replace_extra_special_tokens=False)
     model = MoweForConditionalGeneration.from_parts(
         parts.audio_tower,
@@ -346,21 +355,22 @@ def _by_task(examples: Iterable[Example]) -> dict[str, list[Example]]:
 
 
 def _check_output(config: TrainConfig, resume: bool) -> None:
-    """Raise ConfigError where this run would mix with another one."""
+    """Raise ConfigError where there can be no run, where it would mix with another one or has none to go on with."""
     output = Path(config.output)
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"output: {output} is not a folder")
-    stored = output / _CONFIG
+    check_folder(output, "output")
     if not resume:
         if output.is_dir() and any(output.iterdir()):
             raise ConfigError(f"output: {output} is not empty; go on with --resume or choose another folder")
-    elif stored.exists():
-        before, now = json.loads(stored.read_text(encoding="utf-8")), _flat(asdict(config))
-        defaults = {f.name: f.default for f in fields(config)}  # of fields that are newer than that run
-        for name in sorted(before.keys() | now.keys()):
-            was, is_now = before.get(name, defaults.get(name)), now.get(name)
-            if was != is_now and name not in _FREE_TO_CHANGE:
-                raise ConfigError(f"{name}: {output} was begun with {was!r}, it cannot go on with {is_now!r}")
+        return
+    stored = output / _CONFIG
+    if not stored.exists():
+        raise ConfigError(f"output: {output} has no run to go on with; begin one without --resume")
+    before, now = json.loads(stored.read_text(encoding="utf-8")), _flat(asdict(config))
+    defaults = {f.name: f.default for f in fields(config)}  # of fields that are newer than that run
+    for name in sorted(before.keys() | now.keys()):
+        was, is_now = before.get(name, defaults.get(name)), now.get(name)
+        if was != is_now and name not in _FREE_TO_CHANGE:
+            raise ConfigError(f"{name}: {output} was begun with {was!r}, it cannot go on with {is_now!r}")
 
 
 def _write_config(config: TrainConfig) -> None:

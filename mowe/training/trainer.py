@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from mowe.data import Example
+from mowe.errors import ConfigError
 from mowe.training.data import FrameBatches
 from mowe.training.parts import Parts
 from mowe.training.routing import RoutingMeter
@@ -94,6 +96,9 @@ class MoweTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        for name, value in logs.items():
+            if name.endswith("loss") and not math.isfinite(value):
+                raise self._diverged(f"{name} is {value}")
         if "loss" in logs:
             logs |= self.meter.read(self.accelerator)
         for name in _MEANINGLESS:
@@ -153,4 +158,11 @@ class MoweTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         state_dict = state_dict or self.model.state_dict()
         trained = {name: state_dict[name].contiguous() for name in self.saved}
+        for name, value in trained.items():
+            if not value.isfinite().all():
+                raise self._diverged(f"{name} holds NaN or infinite values")
         save_file(trained, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+
+    def _diverged(self, told: str) -> ConfigError:
+        stage = Path(self.args.output_dir).name
+        return ConfigError(f"{stage}, step {self.state.global_step}: {told}, training diverged; lower learning_rate")

@@ -62,7 +62,10 @@ def report(lab: Lab = LAB, results: Results = None, out: Out = None) -> None:
     """Write the report and its pictures from the result files."""
     from recipes.nano.report import write_report
 
-    write_report(results or lab / "results", out or lab / "reproduction.md")
+    results = results or lab / "results"
+    if not any(results.glob("*.json")):
+        raise typer.BadParameter(f"--results {results}: no result files, expected the folder that the runs wrote")
+    write_report(results, out or lab / "reproduction.md")
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,30 @@ def test_a_failure_leaves_the_file_before(tmp_path: Path, error: BaseException) 
     if expected is ConfigError:
         assert str(caught.value) == f"{file}: the text cannot be written (No space left on device)"
     assert file.read_text() == "before" and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_link_stays_one_and_its_file_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for name in ("there.txt", "new.txt"):
+        link, file = tmp_path / name, tmp_path / "folder" / name
+        link.symlink_to(file)
+        if name == "there.txt":
+            file.write_text("before")
+        write_text(link, "after", "the text")
+        assert link.is_symlink() and file.read_text() == "after"
+    assert len(list((tmp_path / "folder").iterdir())) == 2
+    (tmp_path / "lost.txt").symlink_to(tmp_path / "none" / "a.txt")
+    with pytest.raises(ConfigError, match=r"lost\.txt: its folder does not exist"):
+        write_text(tmp_path / "lost.txt", "after", "the text")
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for refuse in (check_file, lambda path, what: write_text(path, "a", what)):
+        with pytest.raises(ConfigError, match="pipe: expected a file to write the text to, got a special file"):
+            refuse(pipe, "the text")
+    assert pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]
 
 
 def test_checked_beforehand(tmp_path: Path) -> None:

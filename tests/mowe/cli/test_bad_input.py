@@ -99,7 +99,10 @@ def test_a_name_cannot_steer_the_terminal(run: Run, tmp_path: Path) -> None:
         (("generate", "noise.wav", "--prompt", " "), "--prompt"),
         (("generate", "noise.wav", "--prompt", "x", "--max-new-tokens", "0"), "--max-new-tokens"),
         (("generate", "noise.wav", "--prompt", "x", "--max-new-tokens", "many"), "--max-new-tokens"),
-        (("generate", "noise.wav", "--prompt", "and <|audio|>?"), "<|audio|>"),
+        (
+            ("generate", "noise.wav", "--prompt", "and <|audio|>?"),
+            "--prompt: the audio is put before the prompt, leave <",
+        ),
         (("demo", "surplus"), "surplus"),
         (("demo", "--out", "noise.wav"), "--out noise.wav"),
         (("demo", "--out", "noise.wav/folder"), "--out noise.wav/folder"),

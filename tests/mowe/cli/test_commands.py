@@ -139,6 +139,7 @@ def test_output_cannot_steer_the_terminal(
 def test_info(run: Run, saved_model: Path, from_folder: bool) -> None:
     said = answer(run, "info", *(["--model", saved_model] if from_folder else []))
     assert said.keys() == {"model", "trained", "context", "parts", "parameters", "device", "backend", "versions"}
+    assert said["trained"] is (None if from_folder else True)
     assert said["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
     assert said["backend"] in ("reference", "triton")
     assert said["versions"]["torch"] == torch.__version__
@@ -160,7 +161,8 @@ def test_info(run: Run, saved_model: Path, from_folder: bool) -> None:
         assert (part["bytes_fp32"], part["bytes_bf16"]) == (4 * part["parameters"], 2 * part["parameters"])
 
 
-def test_info_reads_no_weights(run: Run, saved_model: Path, tmp_path: Path) -> None:
+def test_info_reads_no_weights(run: Run, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MoweForConditionalGeneration, "from_pretrained", None)
     (tmp_path / "config.json").write_bytes((saved_model / "config.json").read_bytes())
     assert answer(run, "info", "--model", tmp_path)["parts"] == answer(run, "info")["parts"]
 

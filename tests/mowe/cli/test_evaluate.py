@@ -110,16 +110,32 @@ def test_in_four_bits(run: Run, folder: Path) -> None:
 
 def test_bad_lines_are_told_or_skipped(run: Run, folder: Path) -> None:
     (folder / "cut.wav").write_bytes((folder / "noise.wav").read_bytes()[:9000])
-    rows = [*ROWS, {**ROWS[0], "audio": "gone.wav"}, {**ROWS[0], "audio": "cut.wav"}, {**ROWS[0], "answer": " "}]
+    samples = np.zeros(16_000, np.float32)
+    samples[8_000] = np.nan
+    soundfile.write(folder / "nan.wav", samples, 16_000, subtype="FLOAT")
+    rows = [
+        *ROWS,
+        *({**ROWS[0], "audio": f"{name}.wav"} for name in ("gone", "cut", "nan")),
+        {**ROWS[0], "answer": " "},
+    ]
     bad = write(folder / "bad.jsonl", rows)
     line = refused(run, bad, "--out", folder / "out")
-    for told in ("3 bad of 6", "line 4: ", "gone.wav", "line 5: ", "truncated", "line 6: the answer is empty"):
+    for told in (
+        "4 bad of 7",
+        "line 4: ",
+        "gone.wav",
+        "line 5: ",
+        "truncated",
+        "line 6: ",
+        "NaN",
+        "line 7: the answer is empty",
+    ):
         assert told in line, told
     assert not (folder / "out").exists()
     result = run("evaluate", bad, "--skip-bad", *FEW, "--json")
     assert result.exit_code == 0
-    assert json.loads(result.stdout)["skipped"] == 3
-    assert "left out: " in result.stderr and "lines of manifests left out: 3" in result.stderr
+    assert json.loads(result.stdout)["skipped"] == 4
+    assert "left out: " in result.stderr and "lines of manifests left out: 4" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -132,6 +148,7 @@ def test_bad_lines_are_told_or_skipped(run: Run, folder: Path) -> None:
         (("good.jsonl", "--metric", "asr"), "TASK=METRIC"),
         (("good.jsonl", "--metric", "singing=wer"), "no example has the task 'singing'; there are asr, mood"),
         (("good.jsonl", "--tasks", "mood, singing"), "no example has the task 'singing'; there are asr, mood"),
+        (("token.jsonl",), "token.jsonl: line 2: the audio is put before the prompt, leave <|audio|> out"),
         (("good.jsonl", "--model", "nowhere"), "nowhere: no such folder"),
         (("good.jsonl", "--predictions", "."), "directory"),
         (("good.jsonl", "--predictions", "nowhere/p.jsonl"), "its folder does not exist"),
@@ -148,6 +165,7 @@ def test_bad_input(
 ) -> None:
     monkeypatch.chdir(folder)
     (folder / "empty.jsonl").touch()
+    write(folder / "token.jsonl", [ROWS[0], {**ROWS[1], "prompt": "hi <|audio|>"}])
     before = sorted(folder.iterdir())
     assert told in refused(run, *arguments)
     assert sorted(folder.iterdir()) == before

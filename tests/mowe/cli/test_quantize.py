@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 
-from mowe.cli._quality import Heard, Quality, compare
+from mowe.cli._inputs import skeleton
+from mowe.cli._quality import Heard, Quality, compare, memory
 from mowe.cli._tasks import Change
 from mowe.data import Example
 from mowe.evaluation import score
@@ -37,6 +40,10 @@ def test_reports_memory_and_quality(quantized):
         assert after[part] == before[part]
     assert 0 < said["quality"]["relative_error"] < 1 and 0.5 < said["quality"]["cosine"] < 1
     assert 0 <= said["quality"]["router_agreement"] <= 1
+
+
+def test_memory_of_the_demo_model_is_told_without_its_weights():
+    assert memory(skeleton(None)) == memory(nano_model()[0])
 
 
 def test_folder_answers(run: Run, quantized, sounds: Path):
@@ -100,6 +107,29 @@ def test_worse_answers_are_warned_of():
     assert not Change(wrong, right).warnings()
 
 
+def manifest_of(sample: float, prompt: str, folder: Path) -> Path:
+    """A manifest of one clip, which has the sample in its middle: damage there shows only when all is decoded."""
+    samples = np.zeros(16_000, np.float32)
+    samples[8_000] = sample
+    soundfile.write(folder / "clip.wav", samples, 16_000, subtype="FLOAT")
+    manifest = folder / "clips.jsonl"
+    manifest.write_text(json.dumps({"audio": "clip.wav", "task": "mood", "prompt": prompt, "answer": "sad"}))
+    return manifest
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (lambda file: [file.parent / "out", "--part", "router"], "parts to quantise must be among"),
+        (lambda file: [file / "out"], "not a folder, nor can it become one"),
+    ],
+)
+def test_parts_and_folder_are_looked_at_first(run: Run, sounds: Path, tmp_path: Path, arguments, message):
+    (tmp_path / "file").touch()
+    result = run("quantize", tmp_path / "no model", *arguments(tmp_path / "file"), "--manifest", tmp_path / "none")
+    assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -107,6 +137,8 @@ def test_worse_answers_are_warned_of():
         (lambda model, out: [model, model], "expected a new or empty folder"),
         (lambda model, out: [out, out / "x"], "no such folder"),
         (lambda model, out: [model, out, "--manifest", out / "x.jsonl"], "x.jsonl"),
+        (lambda model, out: [model, out, "--manifest", manifest_of(np.nan, "?", out.parent)], "line 1: "),
+        (lambda model, out: [model, out, "--manifest", manifest_of(0.5, "<|audio|>", out.parent)], "line 1: the audio"),
     ],
 )
 def test_bad_input_ends_with_one_line(run: Run, saved_model: Path, sounds: Path, tmp_path: Path, arguments, message):

@@ -105,6 +105,12 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     assert [step for _, step, _ in losses(tmp_path / "run")] == [1, 2, 3]
 
 
+def test_without_a_run_before_nothing_goes_on(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^output: .*run has no run to go on with; begin one without --resume$"):
+        train(settings(), resume=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_another_configuration_does_not_go_on(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
     train(settings(stages=[{"steps": 1}]))
     with pytest.raises(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,6 +105,9 @@ def test_a_model_built_from_parts(settings: Callable[..., TrainConfig], tmp_path
         assert torch.equal(value, pool.state_dict()[name]), name
     with pytest.raises(CheckpointError, match="no such folder"):
         train(settings(model={**parts, "audio_tower": str(tmp_path / "none")}, output=str(tmp_path / "other")))
+    for part in ("language_model", "tokenizer"):
+        with pytest.raises(CheckpointError, match=f"^{tmp_path}/none: cannot read the tokenizer: "):
+            train(settings(model={**parts, part: str(tmp_path / "none")}, output=str(tmp_path / "other")))
     with pytest.raises(ConfigError, match="MoweConfig: unknown keys"):
         train(settings(model={**parts, "settings": {"slots": 2}}, output=str(tmp_path / "other")))
 
@@ -136,6 +140,19 @@ def test_weights_of_manifests_and_tasks_and_what_is_logged(
     assert imread(tmp_path / "run" / "routing.png").std() > 0.1
 
 
+def test_a_stage_shorter_than_an_entry_of_the_log_has_one(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    config, run = settings(stages=[{"steps": 2}, {"steps": 5}], log_every=3), tmp_path / "run"
+    done = train(config)
+    for name in ("log.jsonl", "routing.jsonl"):
+        steps = [(e["stage"], e["step"]) for e in read_lines(run / name) if "loss" in e or "windows" in e]
+        assert steps == [(0, 2), (1, 3), (1, 5)], name
+    assert all("loss" in stage for stage in done.stages)
+    for name in ("routing.jsonl", "routing.png"):
+        (run / name).unlink()
+    train(config, resume=True)  # of a run that has no entry there is no picture
+    assert not (run / "routing.png").exists()
+
+
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
@@ -143,7 +160,11 @@ def test_weights_of_manifests_and_tasks_and_what_is_logged(
         ({"data": {"task_weights": {"lwo": 1.0}}}, ConfigError, "data.task_weights: no example is of the task lwo"),
         ({"data": {"batch_frames": 5}}, ConfigError, "data.batch_frames is 5 but a clip has"),
         ({"trainable": {"pool": [True]}}, ConfigError, "trainable.pool: 1 entries, but the pool has 4 encoders"),
-        ({"model": "no/such/model/at all"}, CheckpointError, "no such folder"),
+        (
+            {"model": "runs/strat"},
+            CheckpointError,
+            "^model: runs/strat: no such folder, expected that of a saved model$",
+        ),
         ({"fsdp": True}, ConfigError, "fsdp: needs several processes"),
         ({"trainer": {"optim": "adamx"}}, ConfigError, "trainer: adamx is not a valid"),
     ],
@@ -154,6 +175,27 @@ def test_what_cannot_be_is_told_before_anything_is_written(
     with pytest.raises(error, match=message):
         train(settings(**fields))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_prompt_with_the_token_of_the_audio_is_told_by_line(
+    settings: Callable[..., TrainConfig], tones: Path, tmp_path: Path
+) -> None:
+    manifest = tmp_path / "token.jsonl"
+    line = {"audio": str(tones / "valid0.wav"), "task": "any", "prompt": "?", "answer": "x"}
+    manifest.write_text("".join(json.dumps({**line, "prompt": prompt}) + "\n" for prompt in ("?", "hi <|audio|>")))
+    with pytest.raises(DataError, match=rf"^{manifest}: line 2: the audio is put before the prompt, leave <\|audio"):
+        train(settings(data={"validation": [str(manifest)]}))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("below", [".", "run"])
+def test_an_output_that_cannot_be_a_folder_is_told_first(
+    settings: Callable[..., TrainConfig], tmp_path: Path, below: str
+) -> None:
+    (tmp_path / "file").touch()
+    output = tmp_path / "file" / below
+    with pytest.raises(ConfigError, match=f"^output {output}: not a folder, nor can it become one$"):
+        train(settings(model="no/such/model/at all", output=str(output)))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -170,6 +212,23 @@ def test_a_clip_damaged_in_its_middle_ends_a_run_with_one_line(
         train(config)
 
 
+@pytest.mark.parametrize(
+    ("stage", "told"),
+    [
+        ({"steps": 12, "learning_rate": 1e9}, "stage-0, step 12: loss is nan"),
+        ({"steps": 1, "learning_rate": 1e39, "warmup": 0}, r"stage-0, step 1: model\..* holds NaN or infinite values"),
+    ],
+    ids=["the loss tells", "only the last update tells"],
+)
+def test_a_run_that_diverges_ends_with_one_line_and_saves_nothing(
+    settings: Callable[..., TrainConfig], tmp_path: Path, stage: dict, told: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"^{told}, training diverged; lower learning_rate$"):
+        train(settings(stages=[stage], log_every=12))
+    assert not (tmp_path / "run" / "model").exists() and list((tmp_path / "run" / "stage-0").iterdir()) == []
+    assert "NaN" not in (tmp_path / "run" / "log.jsonl").read_text()
+
+
 def test_picture_of_routing(tmp_path: Path) -> None:
     """The colours of a panel follow the shares: all to encoder 0 first, all to encoder 1 in the end."""
     entries = [
@@ -182,5 +241,5 @@ def test_picture_of_routing(tmp_path: Path) -> None:
     picture = imread(tmp_path / "a.png")[..., :3]
     green, red = (np.abs(picture - np.array(c) / 255).sum(-1) < 0.02 for c in ((42, 157, 143), (231, 111, 81)))
     assert green.mean() > 0.05 and red.mean() > 0.02
-    with pytest.raises(ConfigError, match="the picture cannot be written"):
+    with pytest.raises(ConfigError, match="its folder does not exist"):
         training_picture(tmp_path / "none" / "a.png", entries, ["a", "b"], "Title")
