@@ -72,10 +72,11 @@ def clip_samples(source: str | os.PathLike[str] | bytes, name: str = "audio") ->
 def as_waveform(audio: Any, sampling_rate: float = SAMPLING_RATE, name: str = "audio") -> Tensor:
     """One clip in any usual form as a waveform: [samples] float32 at 16 kHz, at least `MIN_SAMPLES` long, finite.
 
-    audio: a path (see `load_audio`); a 1-D or 2-D numpy array, torch tensor or (nested) list; or a mapping with "array"
-      and "sampling_rate", as `datasets` gives. The smaller axis of a 2-D clip holds the channels, which are averaged.
-      Floats are taken as they are; 8-, 16- and 32-bit integers are scaled to [-1, 1] (uint8 is offset binary).
-      Wider or unsigned integers, and lists of ints, have no agreed scale and are refused.
+    audio: a path (see `load_audio`); a 1-D or 2-D numpy array, torch tensor or (nested) list; or what `datasets` gives:
+      a mapping with "array" and "sampling_rate", or with "bytes" or "path", or its AudioDecoder. The smaller axis of a
+      2-D clip holds the channels, which are averaged. Floats are taken as they are; 8-, 16- and 32-bit integers are
+      scaled to [-1, 1] (uint8 is offset binary). Wider or unsigned integers, and lists of ints, have no agreed scale
+      and are refused.
     sampling_rate: Hz, of an array. A path or a mapping brings its own.
     name: what errors and warnings call the clip.
 
@@ -85,10 +86,18 @@ def as_waveform(audio: Any, sampling_rate: float = SAMPLING_RATE, name: str = "a
     if isinstance(audio, (str, os.PathLike)):
         name = os.fspath(audio)
         wave = load_audio(audio)
-    elif isinstance(audio, Mapping):
-        if not {"array", "sampling_rate"} <= audio.keys():
-            raise AudioError(f'{name}: expected a mapping with "array" and "sampling_rate", got keys {list(audio)}')
-        return as_waveform(audio["array"], audio["sampling_rate"], name)
+    elif isinstance(audio, Mapping) and audio.get("bytes") is not None:
+        wave = decode_audio(audio["bytes"], audio.get("path") or name)
+    elif isinstance(audio, Mapping) and "array" not in audio and audio.get("path") is not None:
+        return as_waveform(audio["path"])
+    elif isinstance(audio, Mapping) or type(audio).__name__ == "AudioDecoder":
+        try:
+            array, rate = audio["array"], audio["sampling_rate"]
+        except KeyError:
+            raise AudioError(
+                f'{name}: expected a mapping with "array" and "sampling_rate", got keys {list(audio)}'
+            ) from None
+        return as_waveform(array, rate, name)
     else:
         wave = _mono(_as_tensor(audio, name), sampling_rate, name)
     missing = _usable_length(len(wave), name) - len(wave)

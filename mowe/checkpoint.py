@@ -19,7 +19,7 @@ from transformers.utils import cached_file, logging
 
 from mowe.audio import SAMPLING_RATE
 from mowe.errors import CheckpointError, ConfigError, MoweError, naming
-from mowe.families import EncoderFamily, family_class, find_encoder
+from mowe.families import family_class, find_encoder, hold_fixed
 from mowe.features import HOP, N_FFT
 
 _EXTRACTOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -84,9 +84,7 @@ def read_model(
     with reading("the parameters"), _without_load_report():
         strict = {"output_loading_info": True, "use_safetensors": True, "ignore_mismatched_sizes": True}
         model, info = from_pretrained(source, *args, **{**kwargs, **strict})
-    for module in model.modules():
-        if isinstance(module, EncoderFamily):
-            module.hold_fixed()
+    hold_fixed(model)
     return model, info
 
 

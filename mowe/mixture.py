@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mowe.audio import AudioBatch
 from mowe.configuration_mowe import MoweConfig
 from mowe.errors import AudioError, ConfigError
-from mowe.families import ClipFeatures, family_class
+from mowe.families import ClipFeatures, KeepsFixed, family_class
 from mowe.losses import router_loss
 from mowe.pool import EncoderPool
 from mowe.projector import BaseFeatures, MoweProjector
@@ -54,7 +54,7 @@ class MixtureOutput:
         return tokens, torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
 
 
-class MixtureOfWeakEncoders(nn.Module):
+class MixtureOfWeakEncoders(KeepsFixed, nn.Module):
     """Drop-in for the projector of an AudioLLM: adds a routed mixture of weak encoders to its base features.
 
     config: routers and projector; its audio_config gives the base width and frame rate, its text_config the width of

@@ -29,7 +29,7 @@ from mowe.audio import AudioBatch
 from mowe.checkpoint import StoredTensor, check_keys, check_source, load_pretrained_encoder, normalizes, read_model
 from mowe.configuration_mowe import MoweConfig
 from mowe.errors import AudioError, ConfigError, naming
-from mowe.families import FAMILIES, ClipFeatures, EncoderFamily, family_class, find_encoder
+from mowe.families import FAMILIES, ClipFeatures, EncoderFamily, KeepsFixed, family_class, find_encoder
 from mowe.families.stacked import StackedConv, StackedLinear, StackedNorm
 from mowe.losses import loss_share
 from mowe.mixture import MixtureOfWeakEncoders, MixtureOutput
@@ -70,7 +70,7 @@ class MoweCausalLMOutputWithPast(ModelOutput):
     router_indices: Tensor | None = None
 
 
-class MowePreTrainedModel(PreTrainedModel):
+class MowePreTrainedModel(KeepsFixed, PreTrainedModel):
     """What transformers needs to know of all models here."""
 
     config_class = MoweConfig

@@ -16,7 +16,7 @@ from mowe.audio import AudioBatch
 from mowe.checkpoint import load_pretrained_encoder, normalizes
 from mowe.configuration_mowe import MowePoolConfig
 from mowe.errors import ConfigError, naming
-from mowe.families import ClipFeatures, Context, EncoderFamily, family_class, find_encoder
+from mowe.families import ClipFeatures, Context, EncoderFamily, KeepsFixed, family_class, find_encoder
 from mowe.families.nf4 import Nf4StackedLinear
 from mowe_kernels import PackLayout, PackPlan
 from mowe_kernels.backend import implementation
@@ -68,7 +68,7 @@ class PoolOutput:
         return [[find(place) for place in places[at : at + slots]] for at in range(0, len(places), slots)]
 
 
-class EncoderPool(nn.Module):
+class EncoderPool(KeepsFixed, nn.Module):
     """E weak encoders, numbered as given; encoders of one architecture and size are stacked and run together.
 
     Raises ConfigError for an empty pool and for encoders that no family can run.

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
@@ -23,7 +21,8 @@ from mowe.attach.layouts import AudioLayout
 from mowe.attach.mixture import AttachedMixture
 from mowe.attach.model import Model, attached_of, check_attachable, join, measure
 from mowe.checkpoint import check_keys, read_model, reading
-from mowe.errors import CheckpointError, naming
+from mowe.errors import CheckpointError, ConfigError, naming
+from mowe.files import make_folder, whole_file, write_text
 from mowe.pool import EncoderPool
 
 CONFIG_FILE = "mowe_config.json"
@@ -35,19 +34,27 @@ _PREFIX = "mowe."
 def save_adapter(model: nn.Module, save_directory: str | PathLike[str]) -> None:
     """Write the mixture of a model, which may be wrapped (peft, DistributedDataParallel), into a folder.
 
-    Each file is there as a whole or not at all. Raises ConfigError for a model without a mixture.
+    Each file is there as a whole or not at all. Raises ConfigError for a model without a mixture, for one
+    whose pool is in 4 bits, and where the system refuses to write.
     """
     mixture = attached_of(model).mowe
-    folder = Path(save_directory)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_full_precision(mixture)
+    folder = make_folder(save_directory, "the adapter's folder")
     tensors = {name: tensor.detach().contiguous() for name, tensor in mixture.state_dict().items()}
-    _write(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    with whole_file(folder / WEIGHTS_FILE, "the adapter") as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
     write_config(mixture.config, folder)
+
+
+def check_full_precision(mixture: AttachedMixture) -> None:
+    """Raise ConfigError for a mixture whose pool is in 4 bits, which no file of it could give back."""
+    if mixture.pool.quantized:
+        raise ConfigError("the mixture's pool is in 4 bits; save it in full precision, and quantise what is loaded")
 
 
 def write_config(config: AdapterConfig, save_directory: str | PathLike[str]) -> None:
     """Write the configuration of an adapter."""
-    _write(Path(save_directory) / CONFIG_FILE, lambda path: Path(path).write_text(config.to_json_string()))
+    write_text(Path(save_directory) / CONFIG_FILE, config.to_json_string(), "the adapter")
 
 
 def attach_from(model: Model, source: str | PathLike[str], *, layout: AudioLayout | None = None) -> Model:
@@ -92,25 +99,6 @@ def _model_class(name: str) -> type[PreTrainedModel]:
         raise CheckpointError(f"config.json names the architecture {name!r}, which is no model of transformers")
     ignored = [*(found._keys_to_ignore_on_load_unexpected or ()), rf"^{re.escape(_PREFIX)}"]
     return type(name, (found,), {"_keys_to_ignore_on_load_unexpected": ignored, "__module__": found.__module__})
-
-
-def _write(path: Path, write: Any) -> None:
-    """Write a file beside its place and then move it there."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _read_config(folder: Path) -> AdapterConfig:

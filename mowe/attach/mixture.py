@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from inspect import signature
 from itertools import accumulate
@@ -78,10 +79,11 @@ class WeakColumns(nn.Module):
 class Call:
     """One call of the model: the waveforms it was given and, once its tower has run, what the mixture adds.
 
-    packed_frames: frames of each row of a packed tower. repeats: for each row that the tower will see, the row that it
-        repeats; None for the rows as they are.
+    mixture_of: whose mixture it is. packed_frames: frames of each row of a packed tower. repeats: for each row that the
+        tower will see, the row that it repeats; None for the rows as they are.
     """
 
+    mixture_of: AttachedMixture
     waveforms: Tensor
     mask: Tensor | None
     packed_frames: list[int] | None = None
@@ -90,12 +92,16 @@ class Call:
     delta: Tensor | None = None
 
 
+# Of the context, so that calls in several threads hear their own.
+_hearing: ContextVar[Call | None] = ContextVar("hearing", default=None)
+
+
 class AttachedMixture(MixtureOfWeakEncoders):
     """Pool, routers and fusion beside the audio tower of another model.
 
     pool, router: as in MixtureOfWeakEncoders; every 30 s of an audio are routed by themselves. fusion: the weak
     features' columns (see WeakColumns), added to the features themselves ("residual") or to the output of the
-    projector's first linear layer ("concat"). call: what the model is hearing.
+    projector's first linear layer ("concat").
     """
 
     def __init__(self, config: AdapterConfig, pool: EncoderPool, layout: AudioLayout):
@@ -107,7 +113,6 @@ class AttachedMixture(MixtureOfWeakEncoders):
         self.base_clock = FrameClock(int(layout.hop * scale), layout.offset * scale)
         self.fusion = WeakColumns(pool.widths, slots, config.fusion_width, config.fusion_stack, scale)
         self._handles: list[RemovableHandle] = []
-        self.call: Call | None = None
 
     @property
     def multi_modal_projector(self) -> nn.Module:
@@ -134,13 +139,20 @@ class AttachedMixture(MixtureOfWeakEncoders):
     @contextmanager
     def hearing(self, waveforms: Tensor, mask: Tensor | None) -> Iterator[None]:
         """What runs inside hears these waveforms. Raises AudioError if the model's audio tower did not run."""
-        outer, self.call = self.call, Call(waveforms, mask)
+        call = Call(self, waveforms, mask)
+        outer = _hearing.set(call)
         try:
             yield
-            if self.call.mixture is None:
+            if call.mixture is None:
                 raise AudioError("the model was given mowe_waveforms but no audio features to go with them")
         finally:
-            self.call = outer
+            _hearing.reset(outer)
+
+    @property
+    def call(self) -> Call | None:
+        """What the model is hearing, None if nothing."""
+        call = _hearing.get()
+        return call if call is not None and call.mixture_of is self else None
 
     def repeats(self, rows: list[int]) -> None:
         """Note which row of audio each row that the tower will see repeats."""

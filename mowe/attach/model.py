@@ -15,10 +15,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
 
+from mowe.attach.classes import made_again_by
 from mowe.attach.configuration import AdapterConfig
 from mowe.attach.layouts import AudioLayout, Fusion, layout_of
 from mowe.attach.mixture import AttachedMixture
 from mowe.errors import ConfigError
+from mowe.families import KeepsFixed
 from mowe.losses import loss_share
 from mowe.mixture import MixtureOutput
 from mowe.pool import EncoderPool
@@ -28,7 +30,7 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 _WEAK_INPUTS = ("mowe_waveforms", "mowe_waveforms_mask")
 
 
-class Attached:
+class Attached(KeepsFixed):
     """What a model with an attached mixture can do besides what its own class does.
 
     mowe: pool, routers and fusion. forward and generate also take mowe_waveforms, [N, S] float32 at 16 kHz and
@@ -72,8 +74,9 @@ class Attached:
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As in transformers, the mixture included; `mowe.load_attached` reads it back, and so does `attach_from`."""
-        from mowe.attach.adapter import write_config
+        from mowe.attach.adapter import check_full_precision, write_config
 
+        check_full_precision(self.mowe)
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_main_process", True):
             write_config(self.mowe.config, save_directory)
@@ -132,8 +135,6 @@ def attach(
         raise ConfigError(f"fusion of a {model.config.model_type!r} model must be {allowed}, got {fusion!r}")
     if not isinstance(pool, EncoderPool):
         raise ConfigError(f"expected an EncoderPool, got {type(pool).__name__}")
-    if pool.quantized:
-        raise ConfigError("the pool is quantised; attach it in full precision, only the model itself may be in 4 bits")
     device, dtype = _place_of(model, layout)
     first = next(pool.parameters())
     if (first.device, first.dtype) != (device, dtype):
@@ -151,10 +152,12 @@ def attach(
 def detach(model: Model) -> Model:
     """Take the mixture off again, in place: the model is what it was before. Raises ConfigError where there is none."""
     if not isinstance(model, Attached):
-        raise ConfigError(f"{type(model).__name__} has no mixture to detach")
+        wrapped = any(isinstance(module, Attached) for module in model.modules())
+        said = "wraps the model that has the mixture; unwrap it first" if wrapped else "has no mixture to detach"
+        raise ConfigError(f"{type(model).__name__} {said}")
     model.mowe.unhook()
     del model.mowe
-    model.__class__ = type(model).__mro__[2]
+    model.__class__ = type(model).__bases__[1]
     _refresh_hooked_forward(model)
     return model
 
@@ -230,7 +233,7 @@ def _attached_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     own = inspect.signature(base.forward)
     forward.__doc__ = base.forward.__doc__
     forward.__signature__ = _with_weak_inputs(own)  # type: ignore[attr-defined]
-    return type(base.__name__, (Attached, base), {"forward": forward, "__module__": base.__module__})
+    return type(base.__name__, (Attached, base), {"forward": forward, **made_again_by(_attached_class, base)})
 
 
 def _with_weak_inputs(own: inspect.Signature) -> inspect.Signature:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from copy import copy
 from functools import cache, wraps
 from inspect import signature
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, FeatureExtractionMixin, ProcessorMixin
 
+from mowe.attach.classes import made_again_by
 from mowe.audio import as_waveform
 from mowe.errors import ConfigError
 from mowe.processing_mowe import AudioBatchFeature
@@ -27,10 +29,13 @@ class WrappedBatchFeature(AudioBatchFeature):
     waveforms = "mowe_waveforms"
 
 
+# What feature extractors were given during the call of a wrapped processor; None outside of one. Of the context, so
+# that calls in several threads hear their own.
+_heard: ContextVar[list[Tensor] | None] = ContextVar("heard", default=None)
+
+
 class Wrapped:
     """What a wrapped processor adds to its own class."""
-
-    _heard: list[Tensor]
 
     @property
     def model_input_names(self) -> list[str]:
@@ -52,7 +57,6 @@ def wrap_processor(processor: ProcessorMixin) -> ProcessorMixin:
     if not found:
         raise ConfigError(f"{type(processor).__name__} has no feature extractor of audio to wrap")
     wrapped, extractor = copy(processor), copy(getattr(processor, found[0]))
-    wrapped._heard = extractor._heard = []
     extractor.__class__ = _listening(type(extractor))
     setattr(wrapped, found[0], extractor)
     wrapped.__class__ = _wrapped(type(processor))
@@ -61,7 +65,7 @@ def wrap_processor(processor: ProcessorMixin) -> ProcessorMixin:
 
 @cache
 def _listening(base: type) -> type:
-    """A feature extractor's class, under its own name, that keeps the audio it is called with."""
+    """A feature extractor's class, under its own name, that tells a wrapped processor of the audio it is given."""
     own = signature(base.__call__)
     audio_name = list(own.parameters)[1]
 
@@ -69,45 +73,33 @@ def _listening(base: type) -> type:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = own.bind(self, *args, **kwargs).arguments
         rate = given.get("sampling_rate") or given.get("kwargs", {}).get("sampling_rate") or self.sampling_rate
-        # Before the call and as a copy: some extractors normalise in place.
-        self._heard += [as_waveform(clip, rate, "audio").clone() for clip in _clips(given[audio_name])]
+        if (heard := _heard.get()) is not None:
+            # Before the call and as a copy: some extractors normalise in place.
+            heard += [as_waveform(clip, rate, "audio").clone() for clip in _clips(given[audio_name])]
         return base.__call__(self, *args, **kwargs)
 
-    return type(
-        base.__name__, (base,), {"__call__": __call__, "__module__": base.__module__, "to_dict": _unheard(base)}
-    )
+    return type(base.__name__, (base,), {"__call__": __call__, **made_again_by(_listening, base)})
 
 
 @cache
 def _wrapped(base: type) -> type:
     """A processor's class, under its own name, whose calls add what its feature extractor heard."""
     calls = {name: _adding(getattr(base, name)) for name in _CALLS if hasattr(base, name)}
-    body = {**calls, "__module__": base.__module__, "to_dict": _unheard(base)}
-    return type(base.__name__, (Wrapped, base), body)
+    return type(base.__name__, (Wrapped, base), {**calls, **made_again_by(_wrapped, base)})
 
 
 def _adding(call: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(call)
     def adding(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self._heard.clear()
+        heard: list[Tensor] = []
+        outer = _heard.set(heard)
         try:
             outputs = call(self, *args, **kwargs)
-            if not self._heard or not isinstance(outputs, BatchFeature):
-                return outputs
-            return _with_waveforms(outputs, self._heard)
         finally:
-            self._heard.clear()
+            _heard.reset(outer)
+        return _with_waveforms(outputs, heard) if heard and isinstance(outputs, BatchFeature) else outputs
 
     return adding
-
-
-def _unheard(base: type) -> Callable[..., Any]:
-    """to_dict without what was heard: a wrapped processor saves the files of the one it wraps."""
-
-    def to_dict(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return {key: value for key, value in base.to_dict(self, *args, **kwargs).items() if key != "_heard"}
-
-    return to_dict
 
 
 def _with_waveforms(outputs: BatchFeature, waves: list[Tensor]) -> WrappedBatchFeature:

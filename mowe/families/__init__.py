@@ -6,7 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mowe.errors import ConfigError
-from mowe.families.base import ClipFeatures, Context, EncoderFamily
+from mowe.families.base import ClipFeatures, Context, EncoderFamily, KeepsFixed, hold_fixed
 from mowe.families.hubert import HubertFamily, Wav2Vec2Family
 from mowe.families.whisper import WhisperFamily
 
@@ -36,4 +36,13 @@ def find_encoder(module: nn.Module) -> PreTrainedModel:
     return found[0]
 
 
-__all__ = ["FAMILIES", "ClipFeatures", "Context", "EncoderFamily", "family_class", "find_encoder"]
+__all__ = [
+    "FAMILIES",
+    "ClipFeatures",
+    "Context",
+    "EncoderFamily",
+    "KeepsFixed",
+    "family_class",
+    "find_encoder",
+    "hold_fixed",
+]

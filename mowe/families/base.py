@@ -54,7 +54,24 @@ class ClipFeatures:
         return audio.samples[:, None], self._wave_starts
 
 
-class EncoderFamily(nn.Module):
+class KeepsFixed:
+    """A module with families in it, whose fixed parameters stay fixed when everything is asked to learn."""
+
+    def requires_grad_(self: Any, requires_grad: bool = True) -> Any:
+        """As in torch, but for what is never learned (see `EncoderFamily.fixed`)."""
+        super().requires_grad_(requires_grad)  # type: ignore[misc]
+        hold_fixed(self)
+        return self
+
+
+def hold_fixed(module: nn.Module) -> None:
+    """Keep fixed what is fixed in every family of a module."""
+    for family in module.modules():
+        if isinstance(family, EncoderFamily):
+            family.hold_fixed()
+
+
+class EncoderFamily(KeepsFixed, nn.Module):
     """Encoders of one architecture and size, their parameters stacked along the first axis.
 
     A subclass knows one architecture of transformers: which configurations it can run, how a clip becomes frames, the

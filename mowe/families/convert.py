@@ -45,7 +45,8 @@ def weight_normed_conv(ours: str, theirs: str) -> Entry:
 
     def unpack(weight: Tensor) -> list[Tensor]:
         direction = weight.mT.contiguous()
-        return [torch.norm_except_dim(direction, 2, 2), direction]
+        norm = torch.norm_except_dim(direction, 2, 2)
+        return [norm, direction.where(norm > 0, 1.0)]  # a tap of zeros has no direction: any will do
 
     return Entry(ours, names, lambda t: torch._weight_norm(t[1], t[0], 2).mT, unpack)
 

@@ -230,6 +230,29 @@ def test_arrays_are_resampled(make):
     assert as_waveform(make(samples), 22_050.5).shape == (8_707,)
 
 
+class AudioDecoder:
+    """The interface of what `datasets` gives with torchcodec."""
+
+    def __init__(self, array, rate):
+        self.values = {"array": array, "sampling_rate": rate}
+
+    def __getitem__(self, name):
+        return self.values[name]
+
+
+def test_other_forms_in_which_datasets_gives_audio(tone, tmp_path):
+    soundfile.write(path := tmp_path / "tone.wav", tone, 8_000, "FLOAT")
+    expected = as_waveform({"array": tone, "sampling_rate": 8_000})
+    for given in (
+        AudioDecoder(tone, 8_000),
+        {"bytes": path.read_bytes(), "path": None},
+        {"bytes": None, "path": str(path)},
+    ):
+        torch.testing.assert_close(as_waveform(given), expected)
+    with pytest.raises(AudioError, match=r"nowhere.wav: expected audio|nowhere.wav"):
+        as_waveform({"bytes": b"no audio", "path": "nowhere.wav"})
+
+
 def test_mapping_as_datasets_gives_it(tone):
     assert len(as_waveform({"array": tone, "sampling_rate": 8_000, "path": None}, sampling_rate=3)) == 2 * len(tone)
 
@@ -303,7 +326,7 @@ def test_shortest_clip_is_not_padded():
         (torch.full((800,), -torch.inf), "NaN or infinite"),
         (np.full(800, 1e300), "NaN or infinite"),
         ({"array": np.zeros(800)}, "got keys ['array']"),
-        ({"path": "a.wav"}, "got keys ['path']"),
+        ({"file": "a.wav"}, "got keys ['file']"),
         ({"array": np.zeros(800), "sampling_rate": None}, "None"),
         ({"array": None, "sampling_rate": RATE}, "NoneType"),
     ],

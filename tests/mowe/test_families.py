@@ -159,6 +159,16 @@ def test_given_back_encoders_are_the_ones_put_in(kind):
             assert_same(alone(given, CLIPS[0]), alone(encoder, CLIPS[0]), tolerance=2e-6)
 
 
+def test_a_tap_of_zeros_is_given_back():
+    """Weight norm divides by its norm."""
+    encoder = encoder_of(build("hubert-base"))
+    conv = encoder.encoder.pos_conv_embed.conv
+    with torch.no_grad():
+        conv.parametrizations.weight.original0[..., 1] = 0.0
+    given = EncoderPool.from_encoders([encoder]).to_transformers(0)
+    assert_same(given.encoder.pos_conv_embed.conv.weight, conv.weight, tolerance=1e-6)
+
+
 @kinds
 def test_a_pool_of_given_back_encoders_is_the_same_pool(kind):
     pool = EncoderPool.from_encoders([build(kind)])

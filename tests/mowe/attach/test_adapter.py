@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -60,12 +61,23 @@ def test_an_interrupted_save_leaves_what_was_there(
 
     def breaks_off(tensors: Any, path: str, **kwargs: Any) -> None:
         Path(path).write_bytes(b"half")
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "no space left on device")
 
     monkeypatch.setattr(adapter, "save_file", breaks_off)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(mowe.ConfigError, match="the adapter cannot be written"):
         mowe.save_adapter(model, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_what_no_folder_could_give_back(tmp_path: Path) -> None:
+    model = mowe.attach(tiny("qwen2_audio"), mowe.quantize(tiny_pool()))
+    for save in (model.save_pretrained, model.save_adapter):
+        with pytest.raises(mowe.ConfigError, match="pool is in 4 bits; save it in full precision"):
+            save(tmp_path / "there")
+    assert not (tmp_path / "there").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(mowe.ConfigError, match=r"adapter's folder .*file: the folder cannot be made"):
+        mowe.save_adapter(mowe.attach(tiny("qwen2_audio"), tiny_pool()), tmp_path / "file")
 
 
 def _json(folder: Path, **changes: Any) -> None:

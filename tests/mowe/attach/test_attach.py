@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -341,8 +343,6 @@ def test_bad_models_and_pools(qwen2_audio: PreTrainedModel) -> None:
         mowe.attach(tiny("qwen2_audio"), tiny_pool().to("meta"))
     with pytest.raises(mowe.ConfigError, match="the model's audio tower is offloaded"):
         mowe.attach(tiny("qwen2_audio").to("meta"), tiny_pool().to("meta"))
-    with pytest.raises(mowe.ConfigError, match="the pool is quantised; attach it in full precision"):
-        mowe.attach(tiny("qwen2_audio"), mowe.quantize(tiny_pool()))
     with pytest.raises(mowe.ConfigError, match="expected an EncoderPool, got list"):
         mowe.attach(tiny("qwen2_audio"), [])
     with pytest.raises(mowe.ConfigError, match="expected a model of transformers, got Linear"):
@@ -351,6 +351,46 @@ def test_bad_models_and_pools(qwen2_audio: PreTrainedModel) -> None:
         mowe.ConfigError, match=r"has no module 'model.audio_tower', which its layout names; a mixture at"
     ):
         mowe.attach(tiny("qwen2_audio").model, tiny_pool())
+
+
+def test_what_is_fixed_never_learns() -> None:
+    """Whatever is asked to learn with it: the mixture, the pool, the whole model."""
+    model = attached("qwen2_audio")
+    fixed = [getattr(family, name) for family in model.mowe.pool.families for name in family.fixed]
+    fixed = [parameter for parameter in fixed if parameter is not None]
+    assert fixed
+    for module in (model, model.mowe, model.mowe.pool, *model.mowe.pool.families):
+        assert module.requires_grad_(True) is module
+        assert all(parameter.requires_grad for parameter in model.mowe.router.parameters())
+        assert not any(parameter.requires_grad for parameter in fixed)
+
+
+def test_threads_hear_their_own() -> None:
+    model = awaken(attached("qwen2_audio"))
+    given = [{**inputs("qwen2_audio", [[clip]]), **weak_inputs(heard("qwen2_audio", [clip]))} for clip in (SHORT, LONG)]
+    with torch.no_grad():
+        expected = [model(**one).logits for one in given]
+
+        def call(which: int) -> bool:
+            with torch.no_grad():
+                return torch.equal(model(**given[which % 2]).logits, expected[which % 2])
+
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(call, range(24)))
+
+
+def test_pickles() -> None:
+    model = awaken(attached("qwen2_audio"))
+    again = pickle.loads(pickle.dumps(model))
+    assert type(again) is type(model)
+    given = {**inputs("qwen2_audio", [[SHORT]]), **weak_inputs(heard("qwen2_audio", [SHORT]))}
+    with torch.no_grad():
+        assert torch.equal(again(**given).logits, model(**given).logits)
+
+
+def test_taken_off_inside_what_wraps_it() -> None:
+    with pytest.raises(mowe.ConfigError, match="Sequential wraps the model that has the mixture; unwrap it first"):
+        mowe.detach(torch.nn.Sequential(attached("qwen2_audio")))
 
 
 @each_kind

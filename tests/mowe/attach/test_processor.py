@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +176,45 @@ def test_feature_extractors_of_other_models(name: str) -> None:
 
     batch = mowe.wrap_processor(Processor(extractor))([SHORT.numpy(), TINY_CLIP.numpy()])
     _assert_waves(batch, [SHORT, TINY_CLIP])
+
+
+def test_threads_hear_their_own() -> None:
+    wrapped = mowe.wrap_processor(_qwen2_audio())
+
+    def call(seconds: int) -> bool:
+        wave = np.full(16_000 * seconds, 0.1 * seconds, dtype=np.float32)
+        batch = wrapped(text=TOKEN, audio=[wave], sampling_rate=16_000, return_tensors="pt")
+        return torch.equal(batch["mowe_waveforms"], torch.from_numpy(wave)[None])
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(call, [1, 2] * 20))
+
+
+def test_a_feature_extractor_alone_tells_nobody() -> None:
+    wrapped = mowe.wrap_processor(_qwen2_audio())
+    wrapped.feature_extractor(SHORT.numpy(), sampling_rate=16_000)
+    assert "mowe_waveforms" not in wrapped(text="nothing to hear")
+
+
+def test_hears_what_was_given_and_not_what_the_extractor_made_of_it() -> None:
+    class InPlace(WhisperFeatureExtractor):
+        def __call__(self, raw_speech: Any, **kwargs: Any) -> Any:
+            raw_speech[0] *= 0.5
+            return super().__call__(raw_speech, **kwargs)
+
+    extractor = InPlace(feature_size=MEL, chunk_length=2)
+    wrapped = mowe.wrap_processor(transformers.Qwen2AudioProcessor(extractor, _tokenizer(), audio_token=TOKEN))
+    wave = SHORT.numpy().copy()
+    batch = wrapped(text=TOKEN, audio=[wave], sampling_rate=16_000, return_tensors="pt")
+    torch.testing.assert_close(batch["mowe_waveforms"][0], SHORT)
+
+
+def test_pickles() -> None:
+    wrapped = mowe.wrap_processor(_qwen2_audio())
+    again = pickle.loads(pickle.dumps(wrapped))
+    assert type(again) is type(wrapped)
+    given = {"text": TOKEN, "audio": [SHORT.numpy()], "sampling_rate": 16_000, "return_tensors": "pt"}
+    _assert_waves(again(**given), [SHORT])
 
 
 def test_saves_the_files_of_the_processor_it_wraps(tmp_path: Path) -> None:
