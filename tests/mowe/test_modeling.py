@@ -216,6 +216,21 @@ def test_the_placeholder_is_never_an_answer(settings: dict[str, Any]) -> None:
     assert answers(model, inputs, suppress_tokens=[first[0]], **settings) == expected
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+def test_the_loss_of_a_batch_is_that_of_its_prompts(kind: str) -> None:
+    """Whatever the positions of the language model are counted from."""
+    model = tiny_model(language_model(kind), router_losses={})
+    processor = processor_of(model)
+    said = ["x", "yy", "z"]
+    with torch.no_grad():
+        loss = model(**processor(PROMPTS, audio=CLIPS, answers=said)).loss
+        single = [
+            model(**processor(prompt, audio=clips, answers=answer)).loss * (len(answer) + 1)
+            for prompt, clips, answer in zip(PROMPTS, CLIPS, said, strict=True)
+        ]
+    assert loss.item() == pytest.approx(sum(single).item() / 7, rel=1e-5)
+
+
 def test_outputs_as_a_tuple(processor: mowe.MoweProcessor) -> None:
     model = tiny_model()
     inputs = processor(PROMPTS, audio=CLIPS, answers=["x", "yy", "z"])
