@@ -12,6 +12,8 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
+from mowe.errors import ConfigError
+
 T = TypeVar("T")
 
 _SHOWN_LINES = 5  # of those left out
@@ -27,12 +29,17 @@ class Screen:
         self._quiet = as_json or not self._err.is_terminal
 
     def result(self, data: dict[str, Any], *renderables: RenderableType) -> None:
-        """Print the data as JSON, or else its readable form."""
-        if self.as_json:
-            print(json.dumps(data, indent=2, allow_nan=False))
-        else:
-            for renderable in renderables:
-                self._out.print(renderable, soft_wrap=isinstance(renderable, Text))
+        """Print the data as JSON, or else its readable form. Raises ConfigError where stdout cannot be written to."""
+        try:
+            if self.as_json:
+                print(json.dumps(data, indent=2, allow_nan=False), flush=True)
+            else:
+                for renderable in renderables:
+                    self._out.print(renderable, soft_wrap=isinstance(renderable, Text))
+        except BrokenPipeError:  # the reader has seen enough
+            raise
+        except OSError as error:
+            raise ConfigError(f"stdout: the result cannot be written ({error.strerror})") from None
 
     def note(self, text: str) -> None:
         """One line the user should know, beside the result."""

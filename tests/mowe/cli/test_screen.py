@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 
 import pytest
 from rich.text import Text
 
 from mowe.cli._screen import Screen, printable
+from mowe.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -37,6 +40,30 @@ def test_result(capsys: pytest.CaptureFixture[str]) -> None:
 def test_json_never_holds_nan() -> None:
     with pytest.raises(ValueError):
         Screen(as_json=True).result({"weight": float("nan")})
+
+
+class Unwritable(io.StringIO):
+    """A stream that keeps what it is given until it is flushed, and then fails."""
+
+    def __init__(self, error: OSError):
+        super().__init__()
+        self.error = error
+
+    def flush(self) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_full_disk_under_stdout_is_told(monkeypatch: pytest.MonkeyPatch, as_json: bool) -> None:
+    monkeypatch.setattr("sys.stdout", Unwritable(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(ConfigError, match=r"^stdout: the result cannot be written \(No space left on device\)$"):
+        Screen(as_json).result({}, Text("for people"))
+
+
+def test_a_reader_that_has_gone_is_left_to_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", Unwritable(BrokenPipeError(errno.EPIPE, "Broken pipe")))
+    with pytest.raises(BrokenPipeError):
+        Screen(as_json=True).result({})
 
 
 @pytest.mark.parametrize("as_json", [False, True])
