@@ -228,6 +228,13 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
             _check_not_offloaded(model)
         return (model, info) if want_info else model
 
+    def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As in transformers. Raises ConfigError for a pool in 4 bits that the configuration does not know to be so."""
+        quantization = getattr(self.config, "quantization_config", None)
+        if self.model.mixture.pool.quantized and "pool" not in getattr(quantization, "parts", ()):
+            raise ConfigError("the pool was put in 4 bits by itself; quantise the model, mowe.quantize(model)")
+        super().save_pretrained(save_directory, *args, **kwargs)
+
     @staticmethod
     def _finalize_model_loading(model: PreTrainedModel, load_config: Any, loading_info: Any) -> Any:
         """Where there are adapters too, transformers goes on to tell of their parameters alone."""

@@ -312,6 +312,14 @@ def test_parts_that_are_quantised_are_refused(tmp_path):
         tiny_model(in_4_bits)
 
 
+def test_a_pool_quantised_by_itself_is_not_saved_in_a_model(tmp_path):
+    model = tiny_model()
+    mowe.quantize(model.model.mixture.pool)
+    with pytest.raises(mowe.ConfigError, match="the pool was put in 4 bits by itself"):
+        model.save_pretrained(tmp_path / "there")
+    assert not (tmp_path / "there").exists()
+
+
 def test_an_attached_model_is_not_quantised_in_part():
     model = attached("qwen2_audio")
     with pytest.raises(mowe.ConfigError, match=r"got Qwen2Audio.*; another model is loaded in 4 bits"):
