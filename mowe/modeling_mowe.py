@@ -23,6 +23,7 @@ from transformers import (
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import ModelOutput
 
 from mowe.audio import AudioBatch
@@ -465,8 +466,15 @@ def _with_quantization(source: str | None, settings: dict[str, Any]) -> dict[str
     from mowe.quantization import MoweQuantizationConfig, check_method
 
     check_method(stored)
+    if isinstance(asked, dict):
+        asked = AutoQuantizationConfig.from_dict(asked)
     if isinstance(asked, BitsAndBytesConfig):
         asked = MoweQuantizationConfig.from_bits_and_bytes(asked)
+    if asked is not None and not isinstance(asked, MoweQuantizationConfig):
+        raise ConfigError(
+            "quantization_config: expected a MoweQuantizationConfig or a BitsAndBytesConfig, got "
+            f"{type(asked).__name__}"
+        )
     return {**settings, "quantization_config": asked}
 
 

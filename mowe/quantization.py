@@ -14,16 +14,23 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from mowe.errors import CheckpointError, ConfigError
-from mowe.families.nf4 import quantize_linear
+from mowe.errors import CheckpointError, ConfigError, naming
+from mowe.families.nf4 import Nf4StackedLinear, quantize_linear
 from mowe.families.stacked import StackedLinear
 from mowe.modeling_mowe import MoweForConditionalGeneration
 from mowe.pool import EncoderPool
 from mowe_kernels import nf4_quantize
+from mowe_kernels.reference.nf4_nested import NESTED_BLOCKSIZE, dynamic_code
 
 METHOD = "mowe_nf4"
 PARTS = ("language_model", "audio_tower", "pool", "lm_head")
 DEFAULT_PARTS = PARTS[:3]
+_PATHS = {
+    "language_model": "model.language_model",
+    "audio_tower": "model.audio_tower",
+    "pool": "model.mixture.pool",
+}
+_COMPUTES_IN = {torch.float32, torch.float16, torch.bfloat16}
 
 Quantizable = TypeVar("Quantizable", EncoderPool, MoweForConditionalGeneration)
 
@@ -60,16 +67,20 @@ class MoweQuantizationConfig(QuantizationConfigMixin):
     def from_bits_and_bytes(cls, config: BitsAndBytesConfig) -> MoweQuantizationConfig:
         """What a BitsAndBytesConfig asks for. Its list of modules to skip adds to our rules instead of replacing them.
 
-        Raises ConfigError for 8 bits.
+        A part that it names stays as it is. Raises ConfigError for 8 bits, and for another storage than bytes.
         """
         if not config.load_in_4bit:
             raise ConfigError("quantization_config: expected load_in_4bit=True, 8-bit models are not supported")
-        named = config.bnb_4bit_compute_dtype
+        if config.bnb_4bit_quant_storage != torch.uint8:
+            storage = config.bnb_4bit_quant_storage
+            raise ConfigError(f"quantization_config: expected bnb_4bit_quant_storage torch.uint8, got {storage}")
+        named, skipped = config.bnb_4bit_compute_dtype, config.llm_int8_skip_modules or ()
         return cls(
+            [part for part in DEFAULT_PARTS if not any(f".{name}." in f".{_PATHS[part]}." for name in skipped)],
             double_quant=config.bnb_4bit_use_double_quant,
             quant_type=config.bnb_4bit_quant_type,
             compute_dtype=None if named == torch.float32 else str(named).removeprefix("torch."),
-            skip_modules=config.llm_int8_skip_modules or (),
+            skip_modules=skipped,
         )
 
     def bits_and_bytes(self, dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -99,11 +110,17 @@ class MoweQuantizer(Bnb4BitHfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, device_map: Any, **kwargs: Any) -> None:
         config = self.quantization_config
+        tied = getattr(model.language_model.config, "tie_word_embeddings", False)
+        if "lm_head" in config.parts and tied and not self.pre_quantized:
+            raise ConfigError(
+                "lm_head has the weights of the embeddings, which stay as they are; load the model without it, then "
+                "mowe.quantize(model, parts=['lm_head'])"
+            )
         _replace_linears(model, config, pre_quantized=self.pre_quantized)
         if self.pre_quantized:
             _quantize_audio(model, config)
         # transformers takes any shape where there is a quantizer.
-        self._expected = {name: value.shape for name, value in model.state_dict().items() if not _packed(model, name)}
+        self._expected = {name: value for name, value in model.state_dict().items() if not _packed(model, name)}
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         path, _, kind = param_name.rpartition(".")
@@ -115,7 +132,7 @@ class MoweQuantizer(Bnb4BitHfQuantizer):
         return _QuantizeOnLoad(self.quantization_config.double_quant)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        _check_loaded(model, self._expected, self.quantization_config.quant_type)
+        _check_loaded(model, self._expected, self.quantization_config)
         # What transformers would undo before saving, and cannot: the layers write what they were read from.
         model._weight_conversions = [c for c in model._weight_conversions if not isinstance(c, WeightConverter)]
         return _finish(super()._process_model_after_weight_loading(model, **kwargs))
@@ -154,7 +171,7 @@ def quantize(
 
     model: an EncoderPool or a MoweForConditionalGeneration, of which other parts may be in 4 bits already. parts,
     double_quant, skip_modules: see MoweQuantizationConfig; a pool has no parts, and in 4 bits cannot join a model.
-    Raises ConfigError for another module and for what is already quantised.
+    Raises ConfigError for another module, for what is already quantised, has adapters, or is of a type that cannot be.
     """
     if not isinstance(model, EncoderPool | MoweForConditionalGeneration):
         raise ConfigError(
@@ -167,10 +184,16 @@ def quantize(
         raise ConfigError(f"the {type(model).__name__} is already quantised")
     if before and before.double_quant != double_quant:
         raise ConfigError(f"double_quant is {before.double_quant} in the parts already quantised, got {double_quant}")
+    unknown = {p.dtype for p in model.parameters() if p.is_floating_point()} - _COMPUTES_IN
+    if unknown:
+        raise ConfigError(f"expected parameters in float32, float16 or bfloat16, got {', '.join(map(str, unknown))}")
     if isinstance(model, EncoderPool):
         _quantize_stacks(model, double_quant)
         return model
-    config = MoweQuantizationConfig(parts, double_quant, skip_modules=skip_modules)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ConfigError("the model has adapters; quantise it before they are added")
+    language = {"quant_type": before.quant_type, "compute_dtype": before.compute_dtype} if before else {}
+    config = MoweQuantizationConfig(parts, double_quant, **language, skip_modules=skip_modules)
     _fill(model.language_model, _replace_linears(model, config, pre_quantized=False))
     _quantize_audio(model, config)
     if before:
@@ -192,8 +215,7 @@ def check_method(quantization: Any) -> None:
 
 def _audio_parts(config: MoweQuantizationConfig) -> list[str]:
     """Names of the modules that hold the chosen encoders."""
-    paths = {"audio_tower": "model.audio_tower", "pool": "model.mixture.pool"}
-    return [path for part, path in paths.items() if part in config.parts]
+    return [_PATHS[part] for part in ("audio_tower", "pool") if part in config.parts]
 
 
 def _quantize_audio(model: nn.Module, config: MoweQuantizationConfig) -> None:
@@ -217,7 +239,7 @@ def _replace_linears(model: nn.Module, config: MoweQuantizationConfig, pre_quant
     language_model = model.language_model
     chosen = {"language_model": "language_model" in config.parts, "lm_head": "lm_head" in config.parts}
     head = language_model.get_output_embeddings()
-    keep = [name for name in config.skip_modules]
+    keep = [name.removeprefix("model.").removeprefix("language_model.") for name in config.skip_modules]
     before = {}
     for name, module in language_model.named_modules():
         if isinstance(module, nn.Linear | Conv1D):
@@ -270,28 +292,64 @@ def _packed(model: nn.Module, name: str) -> bool:
     return kind == "weight" and isinstance(model.get_submodule(path), Linear4bit)
 
 
-def _check_loaded(model: nn.Module, expected: dict[str, torch.Size], quant_type: str) -> None:
+def _check_loaded(model: nn.Module, expected: dict[str, torch.Tensor], config: MoweQuantizationConfig) -> None:
     """Raise CheckpointError for tensors of another shape than the model's, and for another quantisation."""
-    from bitsandbytes.functional import get_4bit_type
     from bitsandbytes.nn import Linear4bit
 
     loaded = dict(model.named_parameters()) | dict(model.named_buffers())
-    for name, shape in expected.items():
-        if name in loaded and loaded[name].shape != shape:
-            raise CheckpointError(f"{name} must have sizes {list(shape)}, got {list(loaded[name].shape)}")
-    for name, module in model.named_modules():
-        if not isinstance(module, Linear4bit):
+    for name, value in expected.items():
+        if name not in loaded:
             continue
-        state, count = module.weight.quant_state, module.in_features * module.out_features
-        if state is None:
-            raise CheckpointError(f"{name} is not quantised in the checkpoint")
-        if state.quant_type != quant_type:
-            raise CheckpointError(f"{name} is in {state.quant_type}, expected {quant_type} as the configuration says")
-        if not torch.equal(state.code.cpu(), get_4bit_type(quant_type, device="cpu")):
-            raise CheckpointError(f"{name} has a code table that is not that of {quant_type}")
-        if module.weight.numel() * module.weight.itemsize != (count + 1) // 2:
-            raise CheckpointError(f"{name} must have {(count + 1) // 2} bytes of codes, got {module.weight.numel()}")
-        if state.absmax.numel() != -(-count // state.blocksize):
-            raise CheckpointError(
-                f"{name} must have a scale every {state.blocksize} values, got {state.absmax.numel()}"
-            )
+        if loaded[name].shape != value.shape:
+            raise CheckpointError(f"{name} must have sizes {list(value.shape)}, got {list(loaded[name].shape)}")
+        if loaded[name].dtype != value.dtype and not value.is_floating_point():
+            raise CheckpointError(f"{name} must be {value.dtype}, got {loaded[name].dtype}")
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            with naming(name):
+                _check_linear(module, config)
+        elif (
+            isinstance(module, Nf4StackedLinear)
+            and config.double_quant
+            and not all(map(_is_dynamic, module.nested_code))
+        ):
+            raise CheckpointError(f"{name} has a code table of its scales that is not the dynamic one")
+
+
+def _check_linear(layer: nn.Module, config: MoweQuantizationConfig) -> None:
+    """Raise CheckpointError unless a loaded Linear4bit holds what its sizes and the configuration ask for."""
+    from bitsandbytes.functional import get_4bit_type
+
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None:
+        raise CheckpointError("it is not quantised in the checkpoint")
+    kind, sizes = config.quant_type, (layer.out_features, layer.in_features)
+    if state.quant_type != kind:
+        raise CheckpointError(f"it is in {state.quant_type}, expected {kind} as the configuration says")
+    if state.nested != config.double_quant:
+        said = "has" if config.double_quant else "has no"
+        raise CheckpointError(f"the configuration says that it {said} double quantisation, its tensors do not")
+    if not torch.equal(state.code.cpu(), get_4bit_type(kind, device="cpu")):
+        raise CheckpointError(f"its code table is not that of {kind}")
+    if tuple(state.shape) != sizes:
+        raise CheckpointError(f"it must be of sizes {list(sizes)}, got {list(state.shape)}")
+    count = sizes[0] * sizes[1]
+    if layer.weight.numel() * layer.weight.itemsize != (count + 1) // 2:
+        raise CheckpointError(f"it must have {(count + 1) // 2} bytes of codes, got {layer.weight.numel()}")
+    blocks, absmax = -(-count // state.blocksize), state.absmax
+    if absmax.numel() != blocks or absmax.dtype != (torch.uint8 if state.nested else torch.float32):
+        raise CheckpointError(f"it must have a scale every {state.blocksize} values, got {absmax.numel()}")
+    if not state.nested:
+        return
+    nested = state.state2
+    if nested.blocksize != NESTED_BLOCKSIZE or nested.absmax.numel() != -(-blocks // NESTED_BLOCKSIZE):
+        raise CheckpointError(
+            f"it must have a scale of the scales every {NESTED_BLOCKSIZE}, got {nested.absmax.numel()} of every "
+            f"{nested.blocksize}"
+        )
+    if not _is_dynamic(nested.code):
+        raise CheckpointError("the code table of its scales is not the dynamic one")
+
+
+def _is_dynamic(code: torch.Tensor) -> bool:
+    return torch.equal(code.cpu(), dynamic_code())

@@ -183,7 +183,7 @@ class AttachedMixture(MixtureOfWeakEncoders):
         return features if isinstance(output, Tensor) else (features, *output[1:])
 
     def _on_linear(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        delta = self.call and self.call.delta
+        delta = None if (call := self.call) is None else call.delta
         return output if delta is None else output + delta.view_as(output).to(output)
 
     def _run(self, call: Call, features: Tensor) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, HubertConfig, WhisperConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config, HubertConfig, WhisperConfig
 
 import mowe
 from mowe.families.nf4 import Nf4StackedLinear
@@ -224,6 +224,22 @@ def truncate(name):
     return change
 
 
+def retype(name, dtype):
+    def change(tensors, config):
+        tensors[name] = tensors[name].to(dtype)
+
+    return change
+
+
+def state(**settings):
+    def change(tensors, config):
+        name = f"{UP}.quant_state.bitsandbytes__nf4"
+        entries = json.loads(bytes(tensors[name].tolist())) | settings
+        tensors[name] = torch.tensor([*json.dumps(entries).encode()], dtype=torch.uint8)
+
+    return change
+
+
 QKV = "model.audio_tower.layers.0.qkv"
 UP = "model.language_model.model.layers.0.mlp.up_proj.weight"
 
@@ -235,20 +251,42 @@ UP = "model.language_model.model.layers.0.mlp.up_proj.weight"
         (truncate(f"{QKV}.codes"), "qkv.codes must have sizes"),
         (
             truncate(f"{UP}.absmax"),
-            "up_proj must have a scale every 64",
+            "up_proj: it must have a scale every 64",
         ),
-        (lambda tensors, _: tensors[f"{UP}.quant_map"].neg_(), "up_proj has a code table that is not that of nf4"),
+        (lambda tensors, _: tensors[f"{UP}.quant_map"].neg_(), "up_proj: its code table is not that of nf4"),
         (
             lambda _, c: c["quantization_config"].update(quant_type="fp4"),
-            "is in nf4, expected fp4 as the configuration says",
+            "it is in nf4, expected fp4 as the configuration says",
         ),
         (lambda tensors, _: tensors.pop(f"{QKV}.nested_absmax"), "missing keys of the model"),
+        (truncate(f"{UP}.nested_absmax"), "up_proj: it must have a scale of the scales every 256, got 0"),
+        (truncate(f"{UP}.nested_quant_map"), "up_proj: the code table of its scales is not the dynamic one"),
+        (lambda tensors, _: tensors[f"{UP}.nested_quant_map"].neg_(), "up_proj: the code table of its scales"),
+        (state(shape=[32, 48]), r"up_proj: it must be of sizes \[48, 32\], got \[32, 48\]"),
+        (state(nested_blocksize=64), "up_proj: it must have a scale of the scales every 256, got 1 of every 64"),
+        (retype(f"{QKV}.codes", torch.int32), "qkv.codes must be torch.uint8, got torch.int32"),
+        (lambda tensors, _: tensors[f"{QKV}.nested_code"].neg_(), "qkv has a code table of its scales"),
         (
             lambda _, c: c["quantization_config"].update(quant_method="gptq"),
             "was quantised by 'gptq', expected 'mowe_nf4'",
         ),
     ],
-    ids=["absmax", "codes", "bitsandbytes", "table", "mixed", "missing", "method"],
+    ids=[
+        "absmax",
+        "codes",
+        "bitsandbytes",
+        "table",
+        "mixed",
+        "missing",
+        "nested",
+        "short table",
+        "nested table",
+        "shape",
+        "nested blocks",
+        "type",
+        "table of a stack",
+        "method",
+    ],
 )
 def test_damaged_checkpoints_are_refused(saved, tmp_path, change, message):
     with pytest.raises(mowe.CheckpointError, match=message):
@@ -299,6 +337,47 @@ def test_bad_input_is_refused(saved):
     pool = mowe.quantize(tiny_pool())
     with pytest.raises(mowe.ConfigError, match="the EncoderPool is already quantised"):
         mowe.quantize(pool)
+
+
+def test_what_cannot_be_quantised_stays_as_it_is():
+    model = tiny_model().double()
+    with pytest.raises(mowe.ConfigError, match=r"expected parameters in float32, .* got torch.float64"):
+        mowe.quantize(model)
+    assert not kinds(model, bnb.nn.Linear4bit) and {p.dtype for p in model.parameters()} == {torch.float64}
+    model = tiny_model()
+    model.add_adapter(model.lora_config(r=2))
+    with pytest.raises(mowe.ConfigError, match="the model has adapters; quantise it before"):
+        mowe.quantize(model)
+    assert not kinds(model, bnb.nn.Linear4bit)
+
+
+@pytest.mark.parametrize(
+    "asked", [{"load_in_4bit": True, "quant_method": "bitsandbytes"}, {"quant_method": "mowe_nf4"}]
+)
+def test_a_configuration_as_a_dictionary(saved, tmp_path, asked):
+    tiny_model().save_pretrained(tmp_path)
+    model = mowe.MoweForConditionalGeneration.from_pretrained(tmp_path, quantization_config=asked)
+    assert kinds(model, bnb.nn.Linear4bit) == kinds(saved[0], bnb.nn.Linear4bit)
+
+
+def test_configurations_that_are_refused(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    load = partial(mowe.MoweForConditionalGeneration.from_pretrained, tmp_path)
+    with pytest.raises(mowe.ConfigError, match="or a BitsAndBytesConfig, got FineGrainedFP8Config"):
+        load(quantization_config=FineGrainedFP8Config())
+    storage = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage=torch.bfloat16)
+    with pytest.raises(mowe.ConfigError, match=r"expected bnb_4bit_quant_storage torch.uint8, got torch.bfloat16"):
+        load(quantization_config=storage)
+
+
+def test_parts_to_skip_by_their_names(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    skipped = ["audio_tower", "model.language_model.model.layers.1.mlp.up_proj"]
+    config = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped)
+    model = mowe.MoweForConditionalGeneration.from_pretrained(tmp_path, quantization_config=config)
+    assert not kinds(model.audio_tower, Nf4StackedLinear) and model.model.mixture.pool.quantized
+    layers = [layer.mlp.up_proj for layer in model.language_model.model.layers]
+    assert [isinstance(layer, bnb.nn.Linear4bit) for layer in layers] == [True, False]
 
 
 def test_parts_that_are_quantised_are_refused(tmp_path):
