@@ -269,6 +269,8 @@ class _Run:
         """The model as it is stored, and in it what the last checkpoint holds."""
         self._load()
         self._load_trained(get_last_checkpoint(self._folder(len(self.config.stages) - 1)))
+        for left in self.output.glob(f"unfinished-{folder.name}-*"):  # by a kill
+            shutil.rmtree(left)
         with whole(folder) as unfinished:
             self.parts.save(unfinished)
             self.processor.save_pretrained(unfinished)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,15 +19,17 @@ def whole(folder: Path) -> Iterator[Path]:
 
     Raises CheckpointError where writing fails (a full disk); what was there before stays as it was.
     """
-    unfinished = unfinished_name(folder)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        with writing(folder):
-            unfinished.mkdir(parents=True)
-            yield unfinished
-            replace(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with writing(folder):
+        target = folder.resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        place = Path(tempfile.mkdtemp(prefix=f"{unfinished_name(target).name}-", dir=target.parent))
+        try:
+            new = place / target.name  # what mkdtemp made is closed to others
+            new.mkdir()
+            yield new
+            replace(new, target)
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def unfinished_name(folder: Path) -> Path:
@@ -34,12 +37,16 @@ def unfinished_name(folder: Path) -> Path:
 
 
 def replace(new: Path, folder: Path) -> None:
-    """Put a complete folder in the place of another one. A kill in between leaves the old one under `replaced-`."""
-    old = folder.with_name(f"replaced-{folder.name}")
-    shutil.rmtree(old, ignore_errors=True)
+    """Put a complete folder in the place of another one, which a kill in between leaves beside it as `replaced-`."""
+    old = new.with_name(f"replaced-{folder.name}")
     if folder.exists():
         folder.rename(old)
-    new.rename(folder)
+    try:
+        new.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
