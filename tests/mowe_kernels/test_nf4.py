@@ -96,6 +96,17 @@ def test_only_encoders_with_rows_are_dequantized_and_all_matrices_at_once():
         exact(mine[[0, 2]], q.dequantize()[[0, 2]])
 
 
+def test_offsets_of_other_types_mean_the_same_or_are_refused():
+    weight, offsets = nf4_quantize(weights((12, 20), encoders=3)), torch.tensor([0, 4, 4, 9])
+    (out,) = nf4_dequantize_grouped([weight.matrix], offsets, torch.float32)
+    exact(out[[0, 2]], weight.dequantize()[[0, 2]])
+    for dtype in (torch.int16, torch.uint8, torch.float32):
+        with pytest.raises(ValueError, match=f"group_offsets must be integers, got {dtype}"):
+            nf4_dequantize_grouped([weight.matrix], offsets.to(dtype), torch.float32)
+    with pytest.raises(ValueError, match="matrices must be one or more, got none"):
+        nf4_dequantize_grouped([], offsets, torch.float32)
+
+
 @nested
 def test_quant_states_go_out_and_come_back(double_quant):
     stack = weights((33, 30), torch.bfloat16, encoders=3)
