@@ -195,18 +195,26 @@ void dequantize_all(const std::vector<Matrix>& matrices) {
   });
 }
 
-// How many of the midpoints between two codes lie below a value: the index of the nearest code.
+// How many of the midpoints between two codes lie below a value: the index of the nearest code. NaN gets the last.
 MOWE_INLINE int nearest(float value) {
-  int index = 0;
-  for (int i = 0; i < 15; ++i) index += (kCode[i] + kCode[i + 1]) / 2 < value;
+  int index = 15;
+  for (int i = 0; i < 15; ++i) index -= value <= (kCode[i] + kCode[i + 1]) / 2;
   return index;
+}
+
+MOWE_INLINE uint32_t magnitude_bits(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  return bits & 0x7fffffff;
 }
 
 // bitsandbytes multiplies a whole block by the reciprocal of its scale, and divides the last, shorter one.
 template <typename T>
 MOWE_INLINE void quantize_block(const T* values, uint8_t* codes, float* absmax, int64_t count, bool whole) {
-  float largest = 0;
-  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, std::fabs(static_cast<float>(values[i])));
+  uint32_t bits = 0;  // magnitudes are in the order of their bits, and NaN comes last: it is not lost
+  for (int64_t i = 0; i < count; ++i) bits = std::max(bits, magnitude_bits(static_cast<float>(values[i])));
+  float largest;
+  __builtin_memcpy(&largest, &bits, 4);
   const float scale = std::max(largest, 1e-38f), reciprocal = 1.0f / scale;
   *absmax = whole ? largest : scale;
   uint8_t index[4096 + 1];

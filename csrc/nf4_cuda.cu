@@ -76,11 +76,12 @@ __global__ void nf4_dequantize_grouped_kernel(Layer layer, const int32_t* group_
     for (int i = 0; i < count; ++i) out[i] = values[i];
 }
 
+// How many of the midpoints between two codes lie below a value: the index of the nearest code. NaN gets the last.
 __device__ inline int nearest(float value) {
   constexpr float kCode[16] = MOWE_NF4_CODE;
-  int index = 0;
+  int index = 15;
 #pragma unroll
-  for (int i = 0; i < 15; ++i) index += (kCode[i] + kCode[i + 1]) / 2 < value;
+  for (int i = 0; i < 15; ++i) index -= value <= (kCode[i] + kCode[i + 1]) / 2;
   return index;
 }
 
@@ -96,11 +97,11 @@ __global__ void nf4_quantize_kernel(const T* weight, uint8_t* codes, float* absm
   const bool whole = size == blocksize;
   const T* values = weight + e * count + start;
 
-  float largest = 0;
-  for (int64_t i = lane; i < size; i += 32) largest = fmaxf(largest, fabsf(static_cast<float>(values[i])));
-  for (int distance = 16; distance; distance /= 2)
-    largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, distance));
-  const float scale = fmaxf(largest, 1e-38f), reciprocal = __fdiv_rn(1.0f, scale);
+  uint32_t bits = 0;  // magnitudes are in the order of their bits, and NaN comes last: it is not lost
+  for (int64_t i = lane; i < size; i += 32) bits = max(bits, __float_as_uint(fabsf(static_cast<float>(values[i]))));
+  for (int distance = 16; distance; distance /= 2) bits = max(bits, __shfl_xor_sync(0xffffffff, bits, distance));
+  const float largest = __uint_as_float(bits), scale = largest < 1e-38f ? 1e-38f : largest;
+  const float reciprocal = __fdiv_rn(1.0f, scale);
   if (lane == 0) absmax[e * blocks + block] = whole ? largest : scale;
 
   auto index = [&](int64_t i) {

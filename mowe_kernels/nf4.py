@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -91,8 +92,8 @@ class Nf4Weight:
     def from_quant_states(cls, entries: Sequence[tuple[Tensor, Mapping[str, Tensor]]]) -> Nf4Weight:
         """A stack from each encoder's data and packed `QuantState.as_dict`.
 
-        Raises ValueError for another quantisation than NF4, a wrong code table, sizes that do not fit, and encoders
-        that are not quantised alike.
+        Raises ValueError for another quantisation than NF4, a wrong code table, settings that cannot be read, sizes
+        that do not fit, and encoders that are not quantised alike.
         """
         if not entries:
             raise ValueError("Nf4Weight: expected the state of one encoder or more, got none")
@@ -131,6 +132,23 @@ def _is_tensor(weight: Nf4Weight, name: str) -> bool:
     return isinstance(getattr(weight, name), Tensor)
 
 
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _read_settings(packed: Tensor, who: str) -> dict:
+    """The settings that bitsandbytes saves as the bytes of a JSON object."""
+    try:
+        if packed.dtype != torch.uint8:
+            raise ValueError(f"{packed.dtype} values")
+        settings = json.loads(bytes(packed.flatten().tolist()))
+        if not isinstance(settings, dict):
+            raise ValueError(f"a {type(settings).__name__}")
+    except ValueError as error:
+        raise ValueError(f"{who}: expected {_STATE!r} to be a JSON object in uint8, got {error}") from None
+    return settings
+
+
 def _read_state(data: Tensor, state: Mapping[str, Tensor], encoder: int) -> Nf4Weight:
     """A stack of one from what bitsandbytes saves of a matrix."""
     who = f"Nf4Weight: encoder {encoder}"
@@ -138,21 +156,30 @@ def _read_state(data: Tensor, state: Mapping[str, Tensor], encoder: int) -> Nf4W
     if _STATE not in state:
         raise ValueError(f"{who}: expected {_STATE!r} in its state, got {sorted(state)}")
     try:
-        settings = json.loads(bytes(state[_STATE].tolist()))
+        settings = _read_settings(state[_STATE], who)
         if settings["quant_type"] != "nf4" or not torch.equal(state["quant_map"].cpu(), NF4_CODE):
             raise ValueError(f"{who}: its code table is not that of nf4 (quant_type {settings['quant_type']!r})")
-        shape, dtype, absmax = tuple(settings["shape"]), _DTYPES[settings["dtype"]], state["absmax"]
+        shape, blocksize, absmax = settings["shape"], settings["blocksize"], state["absmax"]
+        dtype = _DTYPES.get(str(settings["dtype"]))
+        if not isinstance(shape, list) or len(shape) != 2 or not all(_is_integer(n) and n > 0 for n in shape):
+            raise ValueError(f"{who}: expected a shape of two positive integers, got {shape!r}")
+        if not _is_integer(blocksize):
+            raise ValueError(f"{who}: expected an integer as blocksize, got {blocksize!r}")
+        if dtype is None:
+            raise ValueError(f"{who}: expected a dtype of {', '.join(_DTYPES)}, got {settings['dtype']!r}")
         nested = {}
         if "nested_absmax" in state:
             if (settings["nested_blocksize"], settings["nested_dtype"]) != (NESTED_BLOCKSIZE, "float32"):
                 raise ValueError(f"{who}: expected scales quantised in float32 blocks of {NESTED_BLOCKSIZE}")
+            offset = settings["nested_offset"]
+            if not isinstance(offset, int | float) or not math.isfinite(offset):
+                raise ValueError(f"{who}: expected a finite number as nested_offset, got {offset!r}")
             nested = {
                 "nested_absmax": state["nested_absmax"][None],
-                "nested_offset": absmax.new_tensor([settings["nested_offset"]], dtype=torch.float32),
+                "nested_offset": absmax.new_tensor([offset], dtype=torch.float32),
                 "nested_code": state["nested_quant_map"][None],
             }
-        return Nf4Weight(
-            data.view(torch.uint8).flatten()[None], absmax[None], shape, dtype, settings["blocksize"], **nested
-        )
+        codes = data.view(torch.uint8).flatten()[None]
+        return Nf4Weight(codes, absmax[None], tuple(shape), dtype, blocksize, **nested)
     except KeyError as error:
         raise ValueError(f"{who}: its state has no usable {error}") from None

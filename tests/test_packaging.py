@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 from pathlib import Path
 
@@ -85,6 +86,17 @@ def test_make_names_the_python_it_needs(clone: Path, version: str | None) -> Non
     assert f"Python 3.11 or newer is needed; {python} is {found}" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (clone / ".venv").exists()
+
+
+def test_source_distribution_holds_what_is_compiled(tmp_path: Path) -> None:
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "constraints.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    command = [sys.executable, "setup.py", "-q", "sdist", "--formats=tar"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    with tarfile.open(next((tmp_path / "dist").iterdir())) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"constraints.txt", *(f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir())} <= names
 
 
 def test_clips_are_listed() -> None:

@@ -23,4 +23,4 @@ def forward(
     if dtype not in DTYPES:
         return reference.forward(*stacks, sizes, group_offsets, dtype)
     contiguous = ([tensor.contiguous() for tensor in stack] for stack in stacks)
-    return torch.ops.mowe.nf4_dequantize_grouped.csrc(*contiguous, sizes, group_offsets.contiguous(), dtype)
+    return torch.ops.mowe.nf4_dequantize_grouped.csrc(*contiguous, sizes, group_offsets.int().contiguous(), dtype)

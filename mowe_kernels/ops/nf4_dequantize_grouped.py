@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mowe_kernels.ops._op import Op, check, check_shape
+from mowe_kernels.ops._op import Op, check, check_offsets, check_shape
 from mowe_kernels.ops.nf4_quantize import BLOCKSIZES, sizes
 from mowe_kernels.reference.nf4_nested import NESTED_BLOCKSIZE
 
@@ -68,16 +68,17 @@ _op = Op(
 def nf4_dequantize_grouped(matrices: Sequence[Nf4Matrix], group_offsets: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """Weights [E, rows, columns] in `dtype` of every stack, those of encoders without rows unspecified.
 
-    group_offsets: int32 [E+1], first row of each encoder. The product of value and scale is taken in float32. The
-    results are tensors like others: when the last that sees their memory is gone, the next layer's take its place (on
-    the CPU the compiled library keeps up to 256 MiB for that).
+    group_offsets: int32 or int64 [E+1], first row of each encoder. The product of value and scale is taken in float32.
+    The results are tensors like others: when the last that sees their memory is gone, the next layer's take its place
+    (on the CPU the compiled library keeps up to 256 MiB for that).
     Floor: 0.5 bytes read and one element written for each weight of the encoders in use.
-    Raises ValueError for sizes or types that do not fit each other.
+    Raises ValueError for sizes or types that do not fit each other, and for no matrices at all.
     """
+    op = "nf4_dequantize_grouped"
+    check(len(matrices) > 0, op, "matrices must be one or more, got none")
     for matrix in matrices:
-        matrix.check("nf4_dequantize_grouped")
-        offsets = (matrix.codes.shape[0] + 1,)
-        check_shape("nf4_dequantize_grouped", "group_offsets", group_offsets, offsets, "row offsets [E+1]")
+        matrix.check(op)
+        check_offsets(op, "group_offsets", group_offsets, matrix.codes.shape[0] + 1, "[E+1]")
     absent = group_offsets.new_empty(0, dtype=torch.float32)
     nested = ([absent if t is None else t for t in column] for column in list(zip(*matrices, strict=True))[2:5])
     layout = [n for m in matrices for n in (m.rows, m.columns, m.blocksize)]

@@ -25,6 +25,15 @@ def test_bits_are_those_of_the_cpu(shape, dtype, double_quant):
     assert torch.equal(expected.to("cuda").dequantize().cpu(), expected.dequantize())
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_as_on_the_cpu(value):
+    weight = torch.randn(1, 33, 101)
+    weight[0, 3, 5] = weight[0, -1, -1] = value
+    mine, expected = nf4_quantize(weight.cuda()), nf4_quantize(weight)
+    assert torch.equal(mine.codes.cpu(), expected.codes)
+    torch.testing.assert_close(mine.absmax.cpu(), expected.absmax, rtol=0, atol=0, equal_nan=True)
+
+
 def test_all_matrices_for_the_encoders_in_use_without_a_sync():
     torch.manual_seed(0)
     weights = [nf4_quantize(torch.randn(3, n, 64), double_quant=n > 70).to("cuda") for n in range(64, 74)]

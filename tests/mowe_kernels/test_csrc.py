@@ -39,6 +39,20 @@ for shape in ((1, 1), (3, 5), (64, 64), (130, 67), (33, 100)):
                     expected = nf4_dequantize_grouped([theirs.matrix], offsets, dtype)[0]
                 assert torch.equal(mine.codes, theirs.codes) and torch.equal(mine.absmax, theirs.absmax)
                 assert torch.equal(out[[0, 2]], expected[[0, 2]])
+for shape in ((64, 64), (33, 101)):  # what is not finite spoils its block, whichever place it has there, and shows
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for value in (float("nan"), -float("nan"), float("inf"), -float("inf")):
+            for place in (0, 1, 17, 63, 64 * 40 + 5, -1):
+                weight = torch.randn(1, *shape).to(dtype)
+                weight.view(-1)[place] = value
+                mine = nf4_quantize(weight)
+                with use_backend("reference"):
+                    theirs = nf4_quantize(weight)
+                    expected = theirs.dequantize()
+                assert torch.equal(mine.codes, theirs.codes)
+                torch.testing.assert_close(mine.absmax, theirs.absmax, rtol=0, atol=0, equal_nan=True)
+                torch.testing.assert_close(mine.dequantize(), expected, rtol=0, atol=0, equal_nan=True)
+                assert not mine.dequantize().view(-1)[place].isfinite()
 for shape in ((1024, 2048), (1023, 2049)):  # so much that it is written past the caches, and not at 64 bytes each
     mine = nf4_quantize(torch.randn(3, *shape))
     with use_backend("reference"):

@@ -96,6 +96,17 @@ def test_only_encoders_with_rows_are_dequantized_and_all_matrices_at_once():
         exact(mine[[0, 2]], q.dequantize()[[0, 2]])
 
 
+def test_offsets_of_other_types_mean_the_same_or_are_refused():
+    weight, offsets = nf4_quantize(weights((12, 20), encoders=3)), torch.tensor([0, 4, 4, 9])
+    (out,) = nf4_dequantize_grouped([weight.matrix], offsets, torch.float32)
+    exact(out[[0, 2]], weight.dequantize()[[0, 2]])
+    for dtype in (torch.int16, torch.uint8, torch.float32):
+        with pytest.raises(ValueError, match=f"group_offsets must be integers, got {dtype}"):
+            nf4_dequantize_grouped([weight.matrix], offsets.to(dtype), torch.float32)
+    with pytest.raises(ValueError, match="matrices must be one or more, got none"):
+        nf4_dequantize_grouped([], offsets, torch.float32)
+
+
 @nested
 def test_quant_states_go_out_and_come_back(double_quant):
     stack = weights((33, 30), torch.bfloat16, encoders=3)
@@ -128,6 +139,17 @@ def entry(blocksize=64, double_quant=False, **changes):
     return data, state | {name: torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)} | changes
 
 
+def said(double_quant=False, **changes):
+    """An entry whose state says something else."""
+    data, state = entry(double_quant=double_quant)
+    settings = json.loads(bytes(state["quant_state.bitsandbytes__nf4"].tolist())) | changes
+    return [(data, state | packed(settings))]
+
+
+def packed(settings):
+    return {"quant_state.bitsandbytes__nf4": torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)}
+
+
 def fp4_entry():
     data, state = bnb.quantize_4bit(weights((16, 24), encoders=1)[0], quant_type="fp4")
     return data, state.as_dict(packed=True)
@@ -148,6 +170,21 @@ def fp4_entry():
         (lambda: [(torch.zeros(7, 1, dtype=torch.uint8), entry()[1])], "codes must be two values"),
         (lambda: [entry(blocksize=48)], "blocksize must be one of .*, got 48"),
         (lambda: [entry(), nf4_quantize(weights((16, 24)), 128).quant_state(0)], "encoder 1 has blocksize 128"),
+        (lambda: said(shape=[384]), r"shape of two positive integers, got \[384\]"),
+        (lambda: said(shape=[2, 8, 24]), "shape of two positive integers"),
+        (lambda: said(shape="ab"), "shape of two positive integers, got 'ab'"),
+        (lambda: said(shape=[-16, -24]), "shape of two positive integers"),
+        (lambda: said(shape=[16.0, 24.0]), "shape of two positive integers"),
+        (lambda: said(blocksize=64.0), "integer as blocksize, got 64.0"),
+        (lambda: said(dtype=["float32"]), "dtype of float32, bfloat16, float16, got"),
+        (lambda: said(True, nested_offset=None), "finite number as nested_offset, got None"),
+        (lambda: said(True, nested_offset=float("nan")), "finite number as nested_offset, got nan"),
+        (lambda: [entry(**packed([1]))], "to be a JSON object in uint8, got a list"),
+        (
+            lambda: [entry(**{"quant_state.bitsandbytes__nf4": torch.ones(5)})],
+            r"to be a JSON object in uint8, got torch\.float32 values",
+        ),
+        (lambda: [entry(**{"quant_state.bitsandbytes__nf4": torch.ones(5).byte()})], "to be a JSON object in uint8"),
     ],
 )
 def test_bad_states_are_refused(entries, message):
