@@ -300,7 +300,8 @@ def load(config: TrainConfig, in_4_bits: bool = False) -> tuple[MoweForCondition
     else:
         model, processor = _from_parts(config.model)
     if in_4_bits and "language_model" not in parts_in_4_bits(model):
-        quantize(model, parts=["language_model"])
+        before = getattr(model.config, "quantization_config", None)
+        quantize(model, parts=["language_model"], double_quant=before.double_quant if before else True)
     return model, processor
 
 
