@@ -215,7 +215,7 @@ class _Run:
             output_dir=str(self._folder(number)),
             max_steps=steps,
             learning_rate=stage.learning_rate,
-            warmup_steps=stage.warmup,
+            warmup_steps=stage.warmup if steps > 1 else 0,  # which begins with a rate of 0
             lr_scheduler_type="constant_with_warmup" if stage.schedule == "constant" else stage.schedule,
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
