@@ -42,10 +42,11 @@ class Quality:
 
     def warnings(self) -> list[str]:
         """What is past the thresholds."""
-        rules = (
-            ("the relative error of the audio embeddings is", self.relative_error, self.relative_error > MOST_ERROR),
-            ("the cosine between the audio embeddings is", self.cosine, self.cosine < LEAST_COSINE),
-            ("the share of clips routed alike is", self.router_agreement, self.router_agreement < LEAST_AGREEMENT),
+        error, cosine, agreement = self.relative_error, self.cosine, self.router_agreement
+        rules = (  # as "not within", which nan is not either
+            ("the relative error of the audio embeddings is", error, not error <= MOST_ERROR),
+            ("the cosine between the audio embeddings is", cosine, not cosine >= LEAST_COSINE),
+            ("the share of clips routed alike is", agreement, not agreement >= LEAST_AGREEMENT),
         )
         limits = f"at most {MOST_ERROR}", f"at least {LEAST_COSINE}", f"at least {LEAST_AGREEMENT}"
         return [
@@ -71,7 +72,8 @@ def hear(loaded: LoadedModel, clips: Sequence[Clip]) -> Heard:
 
 
 def compare(before: Heard, after: Heard) -> Quality:
-    error = (after.embeddings - before.embeddings).norm() / before.embeddings.norm()
+    change = (after.embeddings - before.embeddings).norm()
+    error = change / before.embeddings.norm() if change != 0 else change
     cosine = nn.functional.cosine_similarity(before.embeddings, after.embeddings, dim=-1).mean()
     same = sum(a == b for a, b in zip(before.choices, after.choices, strict=True))
     return Quality(error.item(), cosine.item(), same / len(before.choices))

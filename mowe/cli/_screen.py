@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ _SHOWN_LINES = 5  # of those left out
 
 
 class Screen:
-    """as_json: results go out as one JSON object and nothing else, and progress is off."""
+    """as_json: results go out as one JSON object and nothing else, null for nan, and progress is off."""
 
     def __init__(self, as_json: bool):
         self.as_json = as_json
@@ -32,7 +33,7 @@ class Screen:
         """Print the data as JSON, or else its readable form. Raises ConfigError where stdout cannot be written to."""
         try:
             if self.as_json:
-                print(json.dumps(data, indent=2, allow_nan=False), flush=True)
+                print(json.dumps(_finite(data), indent=2, allow_nan=False), flush=True)
             else:
                 for renderable in renderables:
                     self._out.print(renderable, soft_wrap=isinstance(renderable, Text))
@@ -108,6 +109,15 @@ def model_heading(folder: Path | None) -> Text:
 def _percent(score: dict[str, Any]) -> str:
     kind = "wrong words" if score["metric"] == "wer" else "right"
     return f"{100 * score['value']:.0f} % {kind}"
+
+
+def _finite(data: Any) -> Any:
+    """The data with None for the numbers that JSON does not know."""
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def printable(text: str) -> str:

@@ -29,8 +29,12 @@ def as_words(text: str) -> str:
 
 
 def as_english(text: str) -> str:
-    """Whisper's English form: contractions and titles spelled out, numbers as digits, no fillers. Spelling stays."""
-    return " ".join(_whisper_english()(text).split())
+    """Whisper's English form: contractions and titles spelled out, numbers as digits, no fillers. Spelling stays.
+
+    Typographic apostrophes (U+2019, U+02BC) are plain ones, which Whisper's normaliser leaves to its caller.
+    """
+    plain = re.sub("[\N{RIGHT SINGLE QUOTATION MARK}\N{MODIFIER LETTER APOSTROPHE}]", "'", text)
+    return " ".join(_whisper_english()(plain).split())
 
 
 def as_written(text: str) -> str:

@@ -190,6 +190,7 @@ class TrainConfig:
                 raise ConfigError(f"trainer.{name}: is set by {_OURS[name]}")
             if name not in known:
                 raise ConfigError(f"trainer.{name}: no field of TrainingArguments{_suggest(name, known)}")
+        _check_schedule(self.stages, self.trainer.get("lr_scheduler_kwargs") or {})
 
 
 _OURS = {
@@ -203,7 +204,8 @@ _OURS = {
     "dataloader_num_workers": "data.workers", "load_best_model_at_end": "keep", "push_to_hub": "output",
     **dict.fromkeys(
         ("prediction_loss_only", "remove_unused_columns", "accelerator_config", "disable_tqdm", "use_cpu",
-         "fsdp_config", "ddp_find_unused_parameters", "ddp_broadcast_buffers", "logging_nan_inf_filter"),
+         "fsdp_config", "ddp_find_unused_parameters", "ddp_broadcast_buffers", "logging_nan_inf_filter",
+         "save_only_model"),
         "training here",
     ),
 }  # fmt: skip
@@ -366,6 +368,19 @@ def _not_negative(config: Any, *names: str) -> None:
 def _share(config: Any, name: str) -> None:
     if not 0 <= getattr(config, name) < 1:
         raise ConfigError(f"{name}: must lie in 0..1, 1 excluded, got {getattr(config, name)}")
+
+
+def _check_schedule(stages: Sequence[StageConfig], settings: Any) -> None:
+    """Raise ConfigError for lr_scheduler_kwargs that a stage cannot have; those with a constant rate ignore them."""
+    at = "trainer.lr_scheduler_kwargs"
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{at}: expected fields and values, got {settings!r}")
+    for name, value in settings.items():
+        if name != "num_cycles":
+            raise ConfigError(f"{at}.{name}: unknown field; known: num_cycles")
+        if any(stage.schedule == "linear" for stage in stages):
+            raise ConfigError(f"{at}.{name}: the schedule linear of a stage has none, only cosine has")
+        settings[name] = as_config(float, value, f"{at}.{name}")
 
 
 @cache

@@ -215,7 +215,7 @@ class _Run:
             output_dir=str(self._folder(number)),
             max_steps=steps,
             learning_rate=stage.learning_rate,
-            warmup_steps=stage.warmup,
+            warmup_steps=stage.warmup if steps > 1 else 0,  # which begins with a rate of 0
             lr_scheduler_type="constant_with_warmup" if stage.schedule == "constant" else stage.schedule,
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
@@ -300,7 +300,8 @@ def load(config: TrainConfig, in_4_bits: bool = False) -> tuple[MoweForCondition
     else:
         model, processor = _from_parts(config.model)
     if in_4_bits and "language_model" not in parts_in_4_bits(model):
-        quantize(model, parts=["language_model"])
+        before = getattr(model.config, "quantization_config", None)
+        quantize(model, parts=["language_model"], double_quant=before.double_quant if before else True)
     return model, processor
 
 

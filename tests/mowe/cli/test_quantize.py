@@ -161,3 +161,12 @@ def test_quality_is_what_it_says_and_warns():
     assert quality.router_agreement == 0.5
     assert len(quality.warnings()) == 3
     assert not Quality(0.01, 0.999, 1.0).warnings()
+
+
+def test_nan_is_warned_of_and_silence_is_not_an_error():
+    heard = Heard(torch.ones(2, 2), [[0]])
+    told = compare(heard, Heard(torch.full((2, 2), torch.nan), [[0]])).warnings()
+    assert len(told) == 2 and all("is nan" in line for line in told)
+    silence = Heard(torch.zeros(2, 2), [[0]])
+    assert compare(silence, silence).relative_error == 0
+    assert len(compare(silence, heard).warnings()) == 2

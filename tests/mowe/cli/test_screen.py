@@ -37,9 +37,9 @@ def test_result(capsys: pytest.CaptureFixture[str]) -> None:
     assert said.err == ""
 
 
-def test_json_never_holds_nan() -> None:
-    with pytest.raises(ValueError):
-        Screen(as_json=True).result({"weight": float("nan")})
+def test_json_never_holds_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    Screen(as_json=True).result({"weights": [float("nan"), 1.0], "of": {"all": float("inf")}})
+    assert json.loads(capsys.readouterr().out) == {"weights": [None, 1.0], "of": {"all": None}}
 
 
 class Unwritable(io.StringIO):

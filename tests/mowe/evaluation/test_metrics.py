@@ -32,6 +32,8 @@ def test_as_words(text: str, words: str) -> None:
 
 def test_other_normalisations() -> None:
     assert metrics.as_english("Um, I don't have twenty-five, Mr. Smith.") == "i do not have 25 mister smith"
+    for apostrophe in ("\N{RIGHT SINGLE QUOTATION MARK}", "\N{MODIFIER LETTER APOSTROPHE}"):
+        assert metrics.as_english(f"I don{apostrophe}t, he{apostrophe}ll") == "i do not he will"
     assert metrics.as_written("  Ab,\n c ") == "Ab, c"
 
 

@@ -93,6 +93,10 @@ def test_every_field_can_be_overridden(file: Path) -> None:
         ("lora.dropout=1", "lora.dropout: must lie in 0..1, 1 excluded, got 1.0"),
         ("trainer.learning_rate=1", "trainer.learning_rate: is set by stages"),
         ("trainer.use_cpu=true", "trainer.use_cpu: is set by training here"),
+        ("trainer.save_only_model=true", "trainer.save_only_model: is set by training here"),
+        ("trainer.lr_scheduler_kwargs.foo=1", "trainer.lr_scheduler_kwargs.foo: unknown field; known: num_cycles"),
+        ("trainer.lr_scheduler_kwargs.num_cycles=x", "trainer.lr_scheduler_kwargs.num_cycles: expected a number, got"),
+        ("trainer.lr_scheduler_kwargs=1", "trainer.lr_scheduler_kwargs: expected fields and values, got 1"),
         ("trainer.optin=adafactor", "trainer.optin: no field of TrainingArguments; did you mean optim?"),
         ("bf16=yes please", "bf16: expected true or false, got 'yes please'"),
         ("lonely", "'lonely': expected FIELD=VALUE, as data.batch_frames=4000"),
@@ -100,6 +104,13 @@ def test_every_field_can_be_overridden(file: Path) -> None:
 )
 def test_bad_fields(file: Path, override: str, message: str) -> None:
     assert fails(file, override).startswith(message)
+
+
+def test_cycles_are_those_of_cosine(file: Path) -> None:
+    cycles = "trainer.lr_scheduler_kwargs.num_cycles=15e-1"
+    assert read_config(file, [cycles]).trainer == {"lr_scheduler_kwargs": {"num_cycles": 1.5}}
+    told = "trainer.lr_scheduler_kwargs.num_cycles: the schedule linear of a stage has none, only cosine has"
+    assert fails(file, cycles, "stages.1.schedule=linear") == told
 
 
 def test_fsdp_does_not_split_the_pool(file: Path) -> None:

@@ -19,6 +19,8 @@ from mowe import MoweForConditionalGeneration
 from mowe.errors import CheckpointError, ConfigError
 from mowe.training import TrainConfig, train
 from mowe.training.log import read_lines
+from mowe.training.parts import parts_in_4_bits
+from mowe.training.run import load
 from tests.mowe.audio_llm import CLIPS, PROMPTS, processor_of, tiny_model
 
 LORA: dict[str, Any] = {"trainable": {"language_model": "lora"}, "lora": {"rank": 2}}
@@ -175,6 +177,15 @@ def test_what_is_in_4_bits_is_not_trained_itself(
     if "language_model" in trainable:
         with pytest.raises(ConfigError, match=message):
             train(settings(load_in_4bit=True, stages=stages))
+
+
+def test_encoders_in_4_bits_decide_how_scales_are_stored(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    model = mowe.quantize(tiny_model(), parts=["pool"], double_quant=False)
+    model.save_pretrained(tmp_path / "pool")
+    processor_of(model).save_pretrained(tmp_path / "pool")
+    model, _ = load(settings(model=str(tmp_path / "pool")), in_4_bits=True)
+    assert parts_in_4_bits(model) == ["pool", "language_model"]
+    assert not model.config.quantization_config.double_quant
 
 
 def test_what_is_in_4_bits_is_not_sharded(

@@ -11,6 +11,7 @@ import pytest
 import soundfile
 import torch
 from matplotlib.image import imread
+from safetensors.torch import load_file
 
 from mowe import EncoderPool, MoweForConditionalGeneration
 from mowe.errors import AudioError, CheckpointError, ConfigError, DataError
@@ -210,6 +211,12 @@ def test_a_clip_damaged_in_its_middle_ends_a_run_with_one_line(
     config = settings(data={"train": [{"manifest": str(manifest)}], "workers": workers})
     with pytest.raises(AudioError, match=f"^{tmp_path}/clip.wav: holds NaN or infinite samples$"):
         train(config)
+
+
+def test_a_single_step_learns(settings: Callable[..., TrainConfig], tones: Path) -> None:
+    done = train(settings(stages=[{"steps": 1}]))
+    before, after = (load_file(path / "model.safetensors") for path in (tones / "model", done.model))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize(
