@@ -152,7 +152,7 @@ def check_offsets(op: str, name: str, offsets: torch.Tensor, count: int | None, 
     """Raise ValueError unless the offsets are `count` integers (None: any number), saying what was got."""
     check_shape(op, name, offsets, (count,), f"row offsets {meaning}")
     if offsets.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{op}: {name} must be integers, got {offsets.dtype}")
+        raise ValueError(f"{op}: {name} must be of type int32 or int64, got {offsets.dtype}")
 
 
 def empty(like: torch.Tensor) -> torch.Tensor:

@@ -160,7 +160,10 @@ def test_registration_of_the_backward(needs):
         ({"residual": normal(7, 3).float()}, ("residual must be torch.float64", "got torch.float32")),
         ({"weight": normal(2, 3, 5).float()}, ("weight must be torch.float64", "got torch.float32")),
         ({"weight": normal(2, 3, 5).to("meta")}, ("weight must be on cpu", "got meta")),
-        ({"group_offsets": offsets((4, 3)).float()}, ("group_offsets must be integers", "got torch.float32")),
+        (
+            {"group_offsets": offsets((4, 3)).float()},
+            ("group_offsets must be of type int32 or int64", "got torch.float32"),
+        ),
         ({"activation": "relu"}, ("activation", "'', 'gelu'", "got 'relu'")),
     ],
 )

@@ -101,7 +101,7 @@ def test_offsets_of_other_types_mean_the_same_or_are_refused():
     (out,) = nf4_dequantize_grouped([weight.matrix], offsets, torch.float32)
     exact(out[[0, 2]], weight.dequantize()[[0, 2]])
     for dtype in (torch.int16, torch.uint8, torch.float32):
-        with pytest.raises(ValueError, match=f"group_offsets must be integers, got {dtype}"):
+        with pytest.raises(ValueError, match=f"group_offsets must be of type int32 or int64, got {dtype}"):
             nf4_dequantize_grouped([weight.matrix], offsets.to(dtype), torch.float32)
     with pytest.raises(ValueError, match="matrices must be one or more, got none"):
         nf4_dequantize_grouped([], offsets, torch.float32)
