@@ -19,6 +19,9 @@ from mowe.families.stacked import StackedConv, StackedLayer, StackedNorm
 from mowe.features import HOP
 from mowe_kernels import FamilyPlan, FrameClock, grouped_conv1d
 
+# Where transformers cuts off what a layer gives in float16, which would overflow.
+_HALF_LIMIT = torch.finfo(torch.float16).max - 1000
+
 
 class WhisperFamily(EncoderFamily):
     """Whisper encoders: log-mel frames at 100 Hz, two convolutions, learned or sinusoidal positions, pre-norm layers.
@@ -122,6 +125,8 @@ class WhisperFamily(EncoderFamily):
         )
         for layer in self.layers:
             h = layer(h, rows)
+            if h.dtype == torch.float16:
+                h = h.clamp(-_HALF_LIMIT, _HALF_LIMIT)
         return self.layer_norm(h, rows)
 
     def reset_parameters(self) -> None:

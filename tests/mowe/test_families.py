@@ -217,6 +217,15 @@ def test_positions_of_whisper_and_the_mask_of_hubert_stay_as_they_are():
     assert frozen == {"families.0.embed_positions", "families.1.masked_spec_embed"}
 
 
+def test_layers_of_whisper_that_would_overflow_in_float16():
+    encoder = whisper()
+    with torch.no_grad():
+        encoder.encoder.layers[0].self_attn.out_proj.bias[0] = 60_000
+        encoder.encoder.layers[0].fc2.bias[0] = 60_000
+        rows = EncoderPool.from_encoders([encoder.half()]).encode(CLIPS[:1], [[0]]).pair(0, 0)
+        assert_same(rows, alone(encoder, CLIPS[0]), tolerance=2e-3)
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("whisper")])
 def test_a_wave_frame_happens_in_the_middle_of_what_it_sees(kind):
     encoder = build(kind)
