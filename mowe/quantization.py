@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +21,7 @@ from mowe.families.stacked import StackedLinear
 from mowe.modeling_mowe import MoweForConditionalGeneration
 from mowe.pool import EncoderPool
 from mowe_kernels import nf4_quantize
-from mowe_kernels.reference.nf4_nested import NESTED_BLOCKSIZE, dynamic_code
+from mowe_kernels.nf4 import NESTED_BLOCKSIZE
 
 METHOD = "mowe_nf4"
 PARTS = ("language_model", "audio_tower", "pool", "lm_head")
@@ -352,4 +353,11 @@ def _check_linear(layer: nn.Module, config: MoweQuantizationConfig) -> None:
 
 
 def _is_dynamic(code: torch.Tensor) -> bool:
-    return torch.equal(code.cpu(), dynamic_code())
+    return torch.equal(code.cpu(), _dynamic_code())
+
+
+@cache
+def _dynamic_code() -> torch.Tensor:
+    from bitsandbytes.functional import create_dynamic_map
+
+    return create_dynamic_map().cpu()

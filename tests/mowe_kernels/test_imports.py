@@ -16,11 +16,11 @@ ROOT = Path(__file__).resolve().parents[2]
 LEVELS = (
     ("mowe.errors",),
     ("mowe.audio", "mowe.features", "mowe.files", "mowe.configuration_mowe"),
-    ("mowe.plots", "mowe.families", "mowe.losses", "mowe.quantization"),
+    ("mowe.plots", "mowe.families", "mowe.losses"),
     ("mowe.checkpoint",),
     ("mowe.pool", "mowe.router", "mowe.projector"),
     ("mowe.mixture", "mowe.graphs"),
-    ("mowe.modeling_mowe", "mowe.processing_mowe"),
+    ("mowe.modeling_mowe", "mowe.processing_mowe", "mowe.quantization"),
     ("mowe.attach", "mowe.data"),
     ("mowe.evaluation",),
     ("mowe.training",),
