@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache, cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from mowe_kernels.plan import device_lengths
 
 N_FFT = 400
 HOP = 160
+Context = Literal["valid", "window"]
 _WINDOW_FRAMES = WINDOW_SAMPLES // HOP
 _BLOCK = 1_600  # samples that the statistics of a clip sum at once
 
@@ -38,17 +39,15 @@ class Spectrogram:
     dropped. Raises `ConfigError` for another context, `AudioError` for a clip over 30 s in "window".
     """
 
-    def __init__(self, audio: AudioBatch, context: Literal["valid", "window"]):
+    def __init__(self, audio: AudioBatch, context: Context):
+        check_context(context)
         self.num_frames = num_frames(audio.lengths, context)
-        if context == "valid":
-            touched = self.num_frames
-        elif context == "window":
+        touched = self.num_frames
+        if context == "window":
             for index, length in enumerate(audio.lengths):
                 if length > WINDOW_SAMPLES:
                     raise AudioError(f"clip {index}: expected at most 30 s in one window, got {length} samples")
             touched = tuple(min(-(-(length + N_FFT // 2) // HOP), _WINDOW_FRAMES) for length in audio.lengths)
-        else:
-            raise ConfigError(f'context: expected "valid" or "window", got {context!r}')
         self.audio = audio
         self._padded_to = WINDOW_SAMPLES if context == "window" else 0
         self._num_touched = sum(touched)
@@ -80,6 +79,12 @@ class Spectrogram:
                 self.spectrum, filters, cu_frames=self._cu_touched, cu_rows=self._cu_frames,
                 num_rows=sum(self.num_frames),
             )  # fmt: skip
+
+
+def check_context(context: str) -> None:
+    """Raise ConfigError for a context that is none."""
+    if context not in get_args(Context):
+        raise ConfigError(f"context must be {' or '.join(map(repr, get_args(Context)))}, got {context!r}")
 
 
 def num_frames(lengths: Sequence[int], context: str) -> tuple[int, ...]:
@@ -122,7 +127,7 @@ def log_mel_rows(audio: AudioBatch, context: str, num_mel_bins: int) -> tuple[Te
     return rows, device_lengths(offsets(num_frames(audio.lengths, context)), rows.device)
 
 
-def _log_mel(samples: Tensor, lengths: list[int], context: Literal["valid", "window"], num_mel_bins: int) -> Tensor:
+def _log_mel(samples: Tensor, lengths: list[int], context: Context, num_mel_bins: int) -> Tensor:
     return Spectrogram(AudioBatch(samples, tuple(lengths)), context).log_mel(num_mel_bins)
 
 

@@ -98,7 +98,7 @@ def load_model(
             if parts_in_4bit:
                 settings["quantization_config"] = _in_4_bits(folder, parts_in_4bit, double_quant)
             read_config(folder)
-            with naming(folder):
+            with loading(folder):
                 model = MoweForConditionalGeneration.from_pretrained(folder, **settings)
                 processor = MoweProcessor.from_pretrained(folder, local_files_only=True)
         return LoadedModel(model.to(default_device()).eval(), processor, folder)
@@ -112,7 +112,7 @@ def skeleton(folder: Path | None) -> MoweForConditionalGeneration:
         with nano_folder() as folder:
             return skeleton(folder).float()
     config = read_config(folder)
-    with naming(folder), torch.device("meta"):
+    with loading(folder), torch.device("meta"):
         model = MoweForConditionalGeneration(config)
     model.tie_weights()
     return model.to(config.dtype or torch.float32)
@@ -133,7 +133,7 @@ def read_config(folder: Path) -> MoweConfig:
     file = folder / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{folder}: no config.json in it, expected the folder of a saved model")
-    with naming(file):
+    with loading(file):
         settings = json.loads(file.read_text(encoding="utf-8"))
         kind = settings.get("model_type") if isinstance(settings, dict) else None
         if kind != MoweConfig.model_type:
@@ -164,7 +164,7 @@ def _quiet_decoders() -> Iterator[None]:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def loading(path: Path) -> Iterator[None]:
     """Errors inside become MoweErrors that name the path; damaged files make transformers raise anything."""
     try:
         yield

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from mowe.audio import MIN_SAMPLES, WINDOW_SAMPLES, AudioBatch
 from mowe.errors import ConfigError, naming
 from mowe.families.convert import Entry, encoder_state_dict, load_encoder
-from mowe.features import Spectrogram, log_mel_rows, normalize_waves
+from mowe.features import Context, Spectrogram, check_context, log_mel_rows, normalize_waves
 from mowe_kernels import FamilyPlan, FrameClock
 from mowe_kernels.plan import only_bounds
-
-Context = Literal["valid", "window"]
 
 # Rows that go through all layers together on the CPU, a window of 30 s at 50 Hz: enough for full GEMM speed.
 _ROWS_IN_CACHE = 1536
@@ -25,8 +23,7 @@ class ClipFeatures:
     """A batch of clips in every form an encoder takes, each computed once, when first asked for."""
 
     def __init__(self, audio: AudioBatch, context: Context):
-        if context not in get_args(Context):
-            raise ConfigError(f"context must be 'valid' or 'window', got {context!r}")
+        check_context(context)
         self.audio = audio
         self.context = context
         self._spectrogram: Spectrogram | None = None
