@@ -22,7 +22,10 @@ def whole_file(path: str | os.PathLike[str], what: str) -> Iterator[Path]:
     file = Path(os.path.realpath(path))
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode
         yield partial
+        partial.chmod(mode)  # safetensors lets nobody else read what it writes
         partial.replace(file)
     except OSError as error:
         raise ConfigError(f"{path}: {what} cannot be written ({error.strerror})") from None

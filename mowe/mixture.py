@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,44 @@ class MixtureOutput:
         return tokens, torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
 
 
-class MixtureOfWeakEncoders(KeepsFixed, nn.Module):
+class Mixture(KeepsFixed, nn.Module):
+    """Pool and routers over the frames of a base encoder.
+
+    config: the routers' fields of MoweConfig. base_width, base_clock: of the base frames. pool: the weak encoders.
+    A subclass has the multi_modal_projector, called as MoweProjector is, that base and weak frames go through.
+    """
+
+    multi_modal_projector: nn.Module
+
+    def __init__(self, config: Any, pool: EncoderPool, base_width: int, base_clock: FrameClock):
+        super().__init__()
+        self.config = config
+        self.base_clock = base_clock
+        self.pool = pool
+        self.router = MoweRouter(config, base_width, pool.num_encoders)
+
+    def mix(self, base: BaseFeatures, features: ClipFeatures) -> MixtureOutput:
+        """The mixture over packed base features and the clips they come from, in its own dtype, autocast or not."""
+        device = base.rows.device
+        with torch.autocast(device.type, enabled=False):
+            summary = sequence_mean(base.rows, base.starts, device_lengths([base.lengths], device)[0])
+            routing = self.router(summary, self.pool.lengths(features), self.pool.layout(device))
+            weak = self.pool(features, routing.plan)
+            clocks = [family.clock for family in self.pool.families]
+            tokens, _, lengths = self.multi_modal_projector(base, weak, routing.weights, clocks)
+        return MixtureOutput(
+            tokens,
+            lengths,
+            routing.weights,
+            routing.indices,
+            routing.logits.dependent,
+            routing.logits.independent,
+            router_loss(routing.logits, self.config.router_losses or {}),
+            routing.plan,
+        )
+
+
+class MixtureOfWeakEncoders(Mixture):
     """Drop-in for the projector of an AudioLLM: adds a routed mixture of weak encoders to its base features.
 
     config: routers and projector; its audio_config gives the base width and frame rate, its text_config the width of
@@ -62,15 +99,12 @@ class MixtureOfWeakEncoders(KeepsFixed, nn.Module):
     """
 
     def __init__(self, config: MoweConfig, pool: EncoderPool):
-        super().__init__()
         slots = max(config.num_independent_slots, config.num_dependent_slots)
         if slots > pool.num_encoders:
             raise ConfigError(f"{slots} slots for one router but the pool has {pool.num_encoders} encoders")
         base_width = config.audio_config.hidden_size
-        self.config = config
-        self.base_clock: FrameClock = family_class(config.audio_config.model_type).frame_clock(config.audio_config)
-        self.pool = pool
-        self.router = MoweRouter(config, base_width, pool.num_encoders)
+        base_clock = family_class(config.audio_config.model_type).frame_clock(config.audio_config)
+        super().__init__(config, pool, base_width, base_clock)
         self.multi_modal_projector = MoweProjector(config, base_width, pool.widths, config.text_config.hidden_size)
 
     def forward(
@@ -105,23 +139,3 @@ class MixtureOfWeakEncoders(KeepsFixed, nn.Module):
         from mowe.graphs import MixtureGraph
 
         return MixtureGraph(self, clips, samples, frames)
-
-    def mix(self, base: BaseFeatures, features: ClipFeatures) -> MixtureOutput:
-        """The mixture over packed base features and the clips they come from, in its own dtype, autocast or not."""
-        device = base.rows.device
-        with torch.autocast(device.type, enabled=False):
-            summary = sequence_mean(base.rows, base.starts, device_lengths([base.lengths], device)[0])
-            routing = self.router(summary, self.pool.lengths(features), self.pool.layout(device))
-            weak = self.pool(features, routing.plan)
-            clocks = [family.clock for family in self.pool.families]
-            tokens, _, lengths = self.multi_modal_projector(base, weak, routing.weights, clocks)
-        return MixtureOutput(
-            tokens,
-            lengths,
-            routing.weights,
-            routing.indices,
-            routing.logits.dependent,
-            routing.logits.independent,
-            router_loss(routing.logits, self.config.router_losses or {}),
-            routing.plan,
-        )

@@ -96,6 +96,14 @@ def _thirteen_a_second(mel_frames: Tensor) -> Tensor:
     return mel_frames // 100 * 13 + rest
 
 
+def _qwen3_asr_lengths(call: Mapping[str, Any]) -> Tensor:
+    return _thirteen_a_second(call["input_features_mask"].sum(-1))
+
+
+def _qwen3_omni_lengths(call: Mapping[str, Any]) -> Tensor:
+    return _thirteen_a_second(call["feature_lens"])
+
+
 _PROJECTOR = "model.multi_modal_projector"
 _IMAGES = ("model.vision_tower", "model.embed_vision")
 
@@ -127,7 +135,7 @@ LAYOUTS: dict[str, AudioLayout] = {
     ),
     "qwen3_asr": _standard(
         hop=Fraction(16_000, 13),
-        rows=lambda call: _thirteen_a_second(call["input_features_mask"].sum(-1)),
+        rows=_qwen3_asr_lengths,
         linear=(f"{_PROJECTOR}.linear_1",),
     ),
     "qwen2_5_omni_thinker": AudioLayout(
@@ -148,7 +156,7 @@ LAYOUTS: dict[str, AudioLayout] = {
         width="audio_config.d_model",
         hop=Fraction(16_000, 13),
         features="audio_tower.ln_post",
-        rows=lambda call: _thirteen_a_second(call["feature_lens"]),
+        rows=_qwen3_omni_lengths,
         linear=("audio_tower.proj1",),
         language_model="model",
         others=("visual",),

@@ -22,10 +22,9 @@ from mowe.attach.pieces import copies_of, pieces, windows
 from mowe.audio import AudioBatch
 from mowe.errors import AudioError
 from mowe.families import ClipFeatures
-from mowe.mixture import MixtureOfWeakEncoders, MixtureOutput
+from mowe.mixture import Mixture, MixtureOutput
 from mowe.pool import EncoderPool, PoolOutput
 from mowe.projector import BaseFeatures, projected_lengths
-from mowe.router import MoweRouter
 from mowe_kernels import FrameClock, mixture_project
 from mowe_kernels.plan import device_lengths
 
@@ -96,7 +95,7 @@ class Call:
 _hearing: ContextVar[Call | None] = ContextVar("hearing", default=None)
 
 
-class AttachedMixture(MixtureOfWeakEncoders):
+class AttachedMixture(Mixture):
     """Pool, routers and fusion beside the audio tower of another model.
 
     pool, router: as in MixtureOfWeakEncoders; every 30 s of an audio are routed by themselves. fusion: the weak
@@ -105,18 +104,17 @@ class AttachedMixture(MixtureOfWeakEncoders):
     """
 
     def __init__(self, config: AdapterConfig, pool: EncoderPool, layout: AudioLayout):
-        nn.Module.__init__(self)  # the parent builds its parts from another configuration
-        self.config, self.layout, self.pool = config, layout, pool
-        self.router = MoweRouter(cast(Any, config), config.base_width, pool.num_encoders)
-        slots = config.num_independent_slots + config.num_dependent_slots
         scale = layout.hop.denominator
-        self.base_clock = FrameClock(int(layout.hop * scale), layout.offset * scale)
+        clock = FrameClock(int(layout.hop * scale), layout.offset * scale)
+        super().__init__(config, pool, config.base_width, clock)
+        self.layout = layout
+        slots = config.num_independent_slots + config.num_dependent_slots
         self.fusion = WeakColumns(pool.widths, slots, config.fusion_width, config.fusion_stack, scale)
         self._handles: list[RemovableHandle] = []
 
     @property
     def multi_modal_projector(self) -> nn.Module:
-        """What the parent maps the mixture through."""
+        """What `mix` puts the frames through."""
         return self.fusion
 
     def hook(self, model: PreTrainedModel) -> None:

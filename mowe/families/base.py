@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mowe.audio import MIN_SAMPLES, WINDOW_SAMPLES, AudioBatch
-from mowe.errors import ConfigError, naming
+from mowe.errors import naming
 from mowe.families.convert import Entry, encoder_state_dict, load_encoder
 from mowe.features import Context, Spectrogram, check_context, log_mel_rows, normalize_waves
 from mowe_kernels import FamilyPlan, FrameClock

@@ -69,6 +69,11 @@ def test_an_interrupted_save_leaves_what_was_there(
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_whoever_may_read_other_files_may_read_an_adapter(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    assert {path.stat().st_mode for path in folder.iterdir()} == {(tmp_path / "other").stat().st_mode}
+
+
 def test_what_no_folder_could_give_back(tmp_path: Path) -> None:
     model = mowe.attach(tiny("qwen2_audio"), mowe.quantize(tiny_pool()))
     for save in (model.save_pretrained, model.save_adapter):

@@ -271,6 +271,12 @@ def test_attached_again_after_detaching() -> None:
     )
 
 
+def test_an_attached_mixture_stands_in_for_no_projector(qwen2_audio: PreTrainedModel) -> None:
+    """It takes part in another model's call and has none of its own."""
+    assert not isinstance(qwen2_audio.mowe, mowe.MixtureOfWeakEncoders)
+    assert not {"check", "capture"} & set(dir(qwen2_audio.mowe))
+
+
 def test_a_layout_of_ones_own() -> None:
     model = tiny("qwen2_audio")
     batch = inputs("qwen2_audio", [[SHORT]])
@@ -379,11 +385,12 @@ def test_threads_hear_their_own() -> None:
             assert all(pool.map(call, range(24)))
 
 
-def test_pickles() -> None:
-    model = awaken(attached("qwen2_audio"))
+@each_kind
+def test_pickles(model_type: str) -> None:
+    model = awaken(attached(model_type))
     again = pickle.loads(pickle.dumps(model))
     assert type(again) is type(model)
-    given = {**inputs("qwen2_audio", [[SHORT]]), **weak_inputs(heard("qwen2_audio", [SHORT]))}
+    given = {**inputs(model_type, [[SHORT]]), **weak_inputs(heard(model_type, [SHORT]))}
     with torch.no_grad():
         assert torch.equal(again(**given).logits, model(**given).logits)
 

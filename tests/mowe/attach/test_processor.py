@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from datasets.fingerprint import Hasher
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, ProcessorMixin, WhisperFeatureExtractor
 
@@ -215,6 +216,11 @@ def test_pickles() -> None:
     assert type(again) is type(wrapped)
     given = {"text": TOKEN, "audio": [SHORT.numpy()], "sampling_rate": 16_000, "return_tensors": "pt"}
     _assert_waves(again(**given), [SHORT])
+
+
+def test_datasets_tells_wrapped_processors_apart() -> None:
+    first, again = (Hasher.hash(mowe.wrap_processor(_qwen2_audio())) for _ in range(2))
+    assert first == again != Hasher.hash(_qwen2_audio())
 
 
 def test_saves_the_files_of_the_processor_it_wraps(tmp_path: Path) -> None:
