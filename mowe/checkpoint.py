@@ -13,7 +13,14 @@ import transformers
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
-from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import cached_file, logging
 
@@ -46,6 +53,15 @@ def load_pretrained_encoder(source: str | PathLike[str]) -> tuple[PreTrainedMode
         encoder, extractor = _load(source, config), _feature_extractor(source)
         normalizes(encoder, extractor)
     return encoder, extractor
+
+
+def load_language_model(source: str) -> PreTrainedModel:
+    """In the type it is stored in. Raises CheckpointError, naming the source."""
+    with naming(source):
+        check_source(source)
+        model, info = read_model(AutoModelForCausalLM.from_pretrained, source)
+        check_keys(info, "language model")
+    return model
 
 
 def normalizes(encoder: PreTrainedModel, extractor: Any) -> bool:

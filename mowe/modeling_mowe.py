@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMultimodalLM,
-    BitsAndBytesConfig,
     Cache,
     GenerationMixin,
     LogitsProcessorList,
@@ -23,15 +22,23 @@ from transformers import (
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import ModelOutput
 
 from mowe.audio import AudioBatch
-from mowe.checkpoint import StoredTensor, check_keys, check_source, load_pretrained_encoder, normalizes, read_model
+from mowe.checkpoint import (
+    StoredTensor,
+    check_keys,
+    check_source,
+    load_language_model,
+    load_pretrained_encoder,
+    normalizes,
+    read_model,
+)
 from mowe.configuration_mowe import MoweConfig
 from mowe.errors import AudioError, ConfigError, naming
 from mowe.families import FAMILIES, ClipFeatures, EncoderFamily, KeepsFixed, family_class, find_encoder
 from mowe.families.stacked import StackedConv, StackedLinear, StackedNorm
+from mowe.generation import PlaceholderNeverChosen
 from mowe.losses import loss_share
 from mowe.mixture import MixtureOfWeakEncoders, MixtureOutput
 from mowe.pool import EncoderPool
@@ -214,12 +221,14 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
         to skip adds to the routers, norms, projector and head, which are never quantised. device_map: only the language
         model can be offloaded; where it offloads something else, ConfigError is raised.
         """
+        from mowe.quantization import with_quantization
+
         source = None if pretrained_model_name_or_path is None else str(pretrained_model_name_or_path)
         want_info = kwargs.pop("output_loading_info", False)
         load = super().from_pretrained
 
         def load_maybe_quantized(source: str | None, *args: Any, **kwargs: Any) -> Any:
-            return load(source, *args, **_with_quantization(source, kwargs))
+            return load(source, *args, **with_quantization(source, kwargs))
 
         with naming(source or "state_dict"):
             if source is not None and not kwargs.get("subfolder"):
@@ -354,7 +363,7 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
         return super().generate(input_ids, **kwargs)
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        return _LogitsProcessors(super()._get_logits_processor(*args, **kwargs), self.config.audio_token_id)
+        return PlaceholderNeverChosen(super()._get_logits_processor(*args, **kwargs), self.config.audio_token_id)
 
     def lora_config(self, **settings: Any):
         """A peft LoraConfig on the linear layers of the language model alone: not on its head, towers or projector.
@@ -431,60 +440,11 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 
-class _LogitsProcessors(LogitsProcessorList):
-    """Those of transformers, for which the placeholder is a token like any other, but one that is never chosen."""
-
-    def __init__(self, processors: LogitsProcessorList, placeholder: int):
-        super().__init__(processors)
-        self.placeholder = placeholder
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        size = scores.shape[1]
-        # Where it lies outside the vocabulary, the ids of the prompt would point past the scores.
-        tokens = torch.arange(max(size, self.placeholder + 1), device=scores.device)
-        scores = nn.functional.pad(scores, (0, len(tokens) - size), value=float("-inf"))
-        scores = scores.masked_fill(tokens == self.placeholder, float("-inf"))
-        return super().__call__(input_ids, scores, **kwargs)[:, :size]
-
-
 def _check_not_offloaded(model: MoweForConditionalGeneration) -> None:
     """Raise ConfigError where parts are on no device that read their own parts without calling them."""
     for name in ("audio_tower", "mixture"):
         if any(parameter.is_meta for parameter in model.model.get_submodule(name).parameters()):
             raise ConfigError(f"device_map offloads parts of model.{name}; only model.language_model can be offloaded")
-
-
-def _with_quantization(source: str | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of from_pretrained with transformers told of our quantisation, where the model has one."""
-    where = ("subfolder", "revision", "cache_dir", "local_files_only", "token", "force_download")
-    stored: dict[str, Any] = {}
-    if source is not None:
-        stored, _ = MoweConfig.get_config_dict(source, **{name: settings[name] for name in where if name in settings})
-    stored, asked = stored.get("quantization_config"), settings.get("quantization_config")
-    if stored is None and asked is None:
-        return settings
-    from mowe.quantization import MoweQuantizationConfig, check_method
-
-    check_method(stored)
-    if isinstance(asked, dict):
-        asked = AutoQuantizationConfig.from_dict(asked)
-    if isinstance(asked, BitsAndBytesConfig):
-        asked = MoweQuantizationConfig.from_bits_and_bytes(asked)
-    if asked is not None and not isinstance(asked, MoweQuantizationConfig):
-        raise ConfigError(
-            "quantization_config: expected a MoweQuantizationConfig or a BitsAndBytesConfig, got "
-            f"{type(asked).__name__}"
-        )
-    return {**settings, "quantization_config": asked}
-
-
-def load_language_model(source: str) -> PreTrainedModel:
-    """In the type it is stored in. Raises CheckpointError, naming the source."""
-    with naming(source):
-        check_source(source)
-        model, info = read_model(AutoModelForCausalLM.from_pretrained, source)
-        check_keys(info, "language model")
-    return model
 
 
 AutoModelForMultimodalLM.register(MoweConfig, MoweForConditionalGeneration)

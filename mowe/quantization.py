@@ -11,10 +11,11 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AutoQuantizationConfig, register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from mowe.configuration_mowe import MoweConfig
 from mowe.errors import CheckpointError, ConfigError, naming
 from mowe.families.nf4 import Nf4StackedLinear, quantize_linear
 from mowe.families.stacked import StackedLinear
@@ -171,7 +172,7 @@ def quantize(
     """Put a pool, or the parts of a model, in 4 bits, in place; returns it.
 
     model: an EncoderPool or a MoweForConditionalGeneration, of which other parts may be in 4 bits already. parts,
-    double_quant, skip_modules: see MoweQuantizationConfig; a pool has no parts, and in 4 bits cannot join a model.
+    double_quant, skip_modules: see MoweQuantizationConfig; a pool has no parts, and `from_parts` takes none in 4 bits.
     Raises ConfigError for another module, for what is already quantised, has adapters, or is of a type that cannot be.
     """
     if not isinstance(model, EncoderPool | MoweForConditionalGeneration):
@@ -205,6 +206,28 @@ def quantize(
     model.config.quantization_config = config
     model.quantization_method, model.is_loaded_in_4bit, model.is_4bit_serializable = METHOD, True, True
     return _finish(model)
+
+
+def with_quantization(source: str | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of from_pretrained with transformers told of our quantisation, where the model has one."""
+    where = ("subfolder", "revision", "cache_dir", "local_files_only", "token", "force_download")
+    stored: dict[str, Any] = {}
+    if source is not None:
+        stored, _ = MoweConfig.get_config_dict(source, **{name: settings[name] for name in where if name in settings})
+    stored, asked = stored.get("quantization_config"), settings.get("quantization_config")
+    if stored is None and asked is None:
+        return settings
+    check_method(stored)
+    if isinstance(asked, dict):
+        asked = AutoQuantizationConfig.from_dict(asked)
+    if isinstance(asked, BitsAndBytesConfig):
+        asked = MoweQuantizationConfig.from_bits_and_bytes(asked)
+    if asked is not None and not isinstance(asked, MoweQuantizationConfig):
+        raise ConfigError(
+            "quantization_config: expected a MoweQuantizationConfig or a BitsAndBytesConfig, got "
+            f"{type(asked).__name__}"
+        )
+    return {**settings, "quantization_config": asked}
 
 
 def check_method(quantization: Any) -> None:

@@ -28,11 +28,11 @@ from transformers.integrations import is_tensorboard_available
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from mowe.checkpoint import reading
+from mowe.checkpoint import load_language_model, reading
 from mowe.data import Example, Manifest, read_manifest
 from mowe.errors import AudioError, CheckpointError, ConfigError, MoweError, naming
 from mowe.files import check_folder, make_folder, write_text
-from mowe.modeling_mowe import MoweForConditionalGeneration, load_language_model
+from mowe.modeling_mowe import MoweForConditionalGeneration
 from mowe.processing_mowe import MoweFeatureExtractor, MoweProcessor
 from mowe.quantization import MoweQuantizationConfig, quantize
 from mowe.training.augment import add_spec_augment

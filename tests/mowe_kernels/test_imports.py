@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LEVELS = (
     ("mowe.errors",),
     ("mowe.audio", "mowe.features", "mowe.files", "mowe.configuration_mowe"),
-    ("mowe.plots", "mowe.families", "mowe.losses"),
+    ("mowe.plots", "mowe.families", "mowe.losses", "mowe.generation"),
     ("mowe.checkpoint",),
     ("mowe.pool", "mowe.router", "mowe.projector"),
     ("mowe.mixture", "mowe.graphs"),
