@@ -69,7 +69,7 @@ def _encode(family: WhisperFamily, frames: Tensor, starts: Tensor, plan: FamilyP
     encoder = _owners(rows.group_offsets, rows.num_rows)
     sequence = _owners(rows.cu_seqlens, rows.num_rows)
     place = torch.arange(rows.num_rows, device=x.device) - rows.cu_seqlens[sequence]
-    x = x + family.embed_positions[encoder, place]
+    x = x + family.embed_positions[encoder, place.clamp(max=family.max_frames - 1)]
 
     def linear(x: Tensor, layer) -> Tensor:
         return grouped_mm(x, layer.weight.mT, offs=rows.group_offsets[1:]) + layer.bias[encoder]
@@ -96,6 +96,6 @@ def _convolve(x: Tensor, starts: Tensor, lengths: Tensor, out: Level, layer, str
 
 
 def _owners(offsets: Tensor, count: int) -> Tensor:
-    """[count] the group of each row."""
-    groups = torch.arange(len(offsets) - 1, device=offsets.device)
-    return groups.repeat_interleave(offsets.diff(), output_size=count)
+    """[count] the group of each row, the last one's of rows that are nobody's."""
+    rows = torch.arange(count, device=offsets.device, dtype=offsets.dtype)
+    return torch.searchsorted(offsets[1:], rows, right=True).clamp(max=len(offsets) - 2)

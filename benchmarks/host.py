@@ -6,39 +6,56 @@ import statistics
 import time
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.clock import now
 from benchmarks.providers import shared_pool
 from benchmarks.workloads import Workload
+from mowe import EncoderPool
+from mowe_kernels import Level
 
 _FEW = "tiny8/1s/1"
+_FRAME = 320  # samples
 _BATCHES, _ROUNDS = 20, 9
 
 
 @torch.no_grad()
 def seconds_a_layer(device: str, dtype: str, workload: str = _FEW) -> float:
     """Seconds that all layers of a pool's encoders take, by their number, the median of several rounds; nothing is
-    waited for. Every batch has a number of rows that none before it had, as batches of speech do.
+    waited for. Every batch is a little longer than the one before, as no batch of speech is as long as another.
     """
     given = Workload.named(workload, device, dtype)
-    pool, seen = shared_pool(given), []
+    pool = shared_pool(given)
     layers = pool.families[0].layers
-    hook = layers[0].register_forward_pre_hook(lambda _, args: seen.append(args))
-    pool.encode(given.waveforms(), given.indices, given.context)
-    hook.remove()
-    (x, rows), *_ = seen
     rounds = []
     for first in range(1, _ROUNDS * _BATCHES, _BATCHES):
-        batches = [_with_more_rows(x, first + i) for i in range(_BATCHES)]
+        batches = [_given_to_layers(pool, given, longer) for longer in range(first, first + _BATCHES)]
         start = now()
-        for h in batches:
+        for h, rows in batches:
             for layer in layers:
                 h = layer(h, rows)
         rounds.append((time.perf_counter() - start) / (_BATCHES * len(layers)))
     return statistics.median(rounds)
 
 
-def _with_more_rows(x: Tensor, count: int) -> Tensor:
-    """x, then rows of nobody."""
-    return torch.cat((x, x.new_zeros(count, x.shape[1])))
+class _Seen(Exception):
+    pass
+
+
+def _given_to_layers(pool: EncoderPool, given: Workload, longer: int) -> tuple[Tensor, Level]:
+    """What the first layer would be given if every clip were so many frames longer."""
+    seen = []
+
+    def see(_: nn.Module, args: tuple[Tensor, Level]) -> None:
+        seen.append(args)
+        raise _Seen
+
+    hook = pool.families[0].layers[0].register_forward_pre_hook(see)
+    try:
+        waves = [torch.nn.functional.pad(wave, (0, longer * _FRAME)) for wave in given.waveforms()]
+        pool.encode(waves, given.indices, given.context)
+    except _Seen:
+        return seen[0]
+    finally:
+        hook.remove()
+    raise AssertionError("a pool without layers")

@@ -69,7 +69,8 @@ def cases(workload: Workload) -> Iterator[OpCase]:
         return torch.randn(*shape, device=workload.device, dtype=workload.torch_dtype) * scale
 
     frames, rows = plan.levels
-    count, encoders, size = (rows.num_rows, workload.num_encoders, workload.torch_dtype.itemsize)
+    num_frames, count = (int(level.cu_seqlens[-1]) for level in plan.levels)
+    encoders, size = workload.num_encoders, workload.torch_dtype.itemsize
     offsets = rows.group_offsets
     bounds = list(pairwise(offsets.tolist()))
     x = randn(count, WIDTH)
@@ -112,11 +113,11 @@ def cases(workload: Workload) -> Iterator[OpCase]:
         times=1.5,
     )
     yield _attention(randn(count, 3, HEADS, WIDTH // HEADS), rows.cu_seqlens, rows.max_seqlen)
-    mel = randn(frames.num_rows, MELS)
+    mel = randn(num_frames, MELS)
     stem, stem_bias = randn(encoders, WIDTH, 3, MELS, scale=0.05), randn(encoders, WIDTH)
     clips = list(zip(frames.cu_seqlens.tolist(), frames.cu_seqlens.tolist()[1:], strict=False))
     yield OpCase(
-        f"grouped_conv1d with GELU, {frames.num_rows} frames, {MELS} to {WIDTH}, 3 taps",
+        f"grouped_conv1d with GELU, {num_frames} frames, {MELS} to {WIDTH}, 3 taps",
         {
             "loop": lambda: torch.cat(
                 [
@@ -127,12 +128,12 @@ def cases(workload: Workload) -> Iterator[OpCase]:
             "packed": lambda: grouped_conv1d(
                 mel, stem, stem_bias,
                 starts=frames.starts, lengths=frames.lengths, encoder=plan.encoder,
-                cu_seqlens=frames.cu_seqlens, num_rows=frames.num_rows, padding=1, activation="gelu",
+                cu_seqlens=frames.cu_seqlens, num_rows=num_frames, padding=1, activation="gelu",
             ),
         },
         (mel, stem, stem_bias),
-        flops=2 * 3 * frames.num_rows * MELS * WIDTH,
-        moved=size * (frames.num_rows * (MELS + WIDTH) + stem.numel()),
+        flops=2 * 3 * num_frames * MELS * WIDTH,
+        moved=size * (num_frames * (MELS + WIDTH) + stem.numel()),
     )  # fmt: skip
     yield _routing(randn(len(workload.seconds), encoders).float(), workload)
 

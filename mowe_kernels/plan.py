@@ -18,6 +18,10 @@ from torch import Tensor
 
 from mowe_kernels.ops.pack_plan import pack_plan
 
+# Memory of rows that only the device can count comes in steps of so many (our choice): then most batches need what one
+# before them did, and what was allocated, chosen and written down for that one is found again.
+ROWS_AT_ONCE = 256
+
 
 @dataclass(frozen=True)
 class PackLayout:
@@ -61,7 +65,8 @@ class Level:
     """Where every sequence lies at one frame rate of one family.
 
     cu_seqlens: int32 [P+1], first row of each pair. group_offsets: int32 [E+1], first row of each encoder.
-    num_rows: host upper bound of cu_seqlens[-1] (exact on the CPU). max_seqlen: host upper bound of the lengths.
+    num_rows: host upper bound of cu_seqlens[-1] (exact on the CPU; `ROWS_AT_ONCE` divides it elsewhere, unless lengths
+    are equal). max_seqlen: host upper bound of the lengths.
     equal_lengths: whether the host knows that every pair has max_seqlen rows or none, and that few have none.
     """
 
@@ -167,13 +172,16 @@ class PackPlan:
         alike = len(layout.num_encoders) == 1 and not only_bounds()  # of several families, most pairs are absent
         levels = []
         for level in range(first, first + layout.num_levels[index]):
-            cu_seqlens = self.cu_seqlens[level]
-            bound = repeats * sum(self.lengths[level])
-            if cu_seqlens.device.type == "cpu" and not only_bounds():
-                bound = int(cu_seqlens[-1])
+            cu_seqlens, lengths = self.cu_seqlens[level], self.lengths[level]
+            equal = alike and len(set(lengths)) == 1
+            bound = repeats * sum(lengths)
+            if not only_bounds():
+                if cu_seqlens.device.type == "cpu":
+                    bound = int(cu_seqlens[-1])
+                elif not equal:
+                    bound = -(-bound // ROWS_AT_ONCE) * ROWS_AT_ONCE
             offsets = self.group_offsets[level, low : high + 1]
-            lengths = self.lengths[level]
-            levels.append(Level(cu_seqlens, offsets, bound, max((0, *lengths)), alike and len(set(lengths)) == 1))
+            levels.append(Level(cu_seqlens, offsets, bound, max((0, *lengths)), equal))
         return FamilyPlan(self.order // slots, self.encoder - low if low else self.encoder, tuple(levels))
 
 

@@ -1,6 +1,6 @@
 """Triton `encoder_layer`: the kernels of its parts. What one layer launched, the next ones launch again.
 
-A batch has lengths of its own, so its first layer goes through the ops; from then on the host only picks addresses.
+The first layer of a number of rows goes through the ops; from then on the host only picks addresses.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from mowe_kernels import attention
 from mowe_kernels.reference import encoder_layer as reference
 from mowe_kernels.triton import varlen_attention
-from mowe_kernels.triton._launch import forget_by, hooked
+from mowe_kernels.triton._launch import forget_by, hooked, remembered
 from mowe_kernels.triton._repeat import Repeat, noted
 
 # Of rows whose layers are repeated (our choice). Where there are more, the GPU takes longer than the host does, and
@@ -38,7 +38,7 @@ def forward(
 ) -> tuple[Tensor, ...]:
     """As the reference."""
     compute = partial(reference.forward, parts, saves, x, parameters, group_offsets, cu_seqlens, *how)
-    return _repeated(compute, "forward", (saves, *how), x, parameters, group_offsets, cu_seqlens)
+    return _repeated(compute, "forward", saves, how, x, parameters, group_offsets, cu_seqlens)
 
 
 def backward(
@@ -54,13 +54,14 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """As the reference."""
     compute = partial(reference.backward, parts, needs, grad, x, parameters, group_offsets, cu_seqlens, saved, *how)
-    return _repeated(compute, "backward", (needs, *how), x, parameters, group_offsets, cu_seqlens, grad, *saved)
+    return _repeated(compute, "backward", tuple(needs), how, x, parameters, group_offsets, cu_seqlens, grad, *saved)
 
 
 def _repeated(
     compute: Callable[[], tuple[Tensor, ...]],
     direction: str,
-    about: tuple[Any, ...],
+    asked: Any,
+    how: tuple[Any, ...],
     x: Tensor,
     parameters: Sequence[Tensor],
     group_offsets: Tensor,
@@ -69,17 +70,24 @@ def _repeated(
 ) -> tuple[Tensor, ...]:
     """What `compute` gives, from its inputs' addresses where the launches it makes are known.
 
-    about: what they depend on besides the inputs, whose sizes follow from those of `x`, `parameters` and `cu_seqlens`.
+    asked: what is to be saved, or whose gradients are needed. The sizes of all inputs follow from those of `x`,
+    `parameters` and `cu_seqlens`.
     """
+    max_seqlen, heads, pre_norm, eps, equal_lengths = how
     inputs = x, *parameters, group_offsets, cu_seqlens, *more
-    if x.nbytes > MOST_BYTES or not _repeatable(inputs):
+    if (
+        x.nbytes > MOST_BYTES
+        or not _attends(direction, x.device, x.dtype, *x.shape, max_seqlen, heads, equal_lengths)
+        or not _repeatable(inputs)
+    ):
         return compute()
     device = x.get_device()
     addresses = [tensor.data_ptr() for tensor in inputs]
     fc1_weight = parameters[8]
     sizes = x.shape, fc1_weight.shape, cu_seqlens.shape
     types = x.dtype, group_offsets.dtype, cu_seqlens.dtype
-    key = direction, device, *about, *sizes, *types, *[address % 16 == 0 for address in addresses]
+    aligned = [address % 16 == 0 for address in addresses]
+    key = direction, device, asked, heads, pre_norm, eps, *sizes, *types, *aligned
     repeat = _kept.get(key, _NEW)
     if repeat is None:
         return compute()
@@ -87,7 +95,7 @@ def _repeated(
         return repeat(device, addresses, x)
     if len(_kept) >= MOST_KEPT:
         _kept.clear()
-    results, repeat = noted(inputs, compute) if _attends(direction, x, *about[1:]) else (compute(), None)
+    results, repeat = noted(inputs, compute)
     if repeat is not None or len(set(addresses)) == len(addresses):  # else others of these sizes may be told apart
         _kept[key] = repeat
     return results
@@ -107,10 +115,18 @@ def _repeatable(inputs: Sequence[Tensor]) -> bool:
     )
 
 
+@remembered
 def _attends(
-    direction: str, x: Tensor, max_seqlen: int, heads: int, pre_norm: bool, eps: float, equal_lengths: bool
+    direction: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    d: int,
+    max_seqlen: int,
+    heads: int,
+    equal_lengths: bool,
 ) -> bool:
-    """Whether attention is computed by our own kernel, and not by what launches kernels of its own."""
-    rows, head_dim = x.shape[0], x.shape[1] // heads
-    like = x[:, None, None, :1].expand(rows, 3, heads, head_dim)
-    return attention.choose(direction, like, max_seqlen, head_dim**-0.5, equal_lengths) is varlen_attention
+    """Whether attention is computed by our own kernel, to which no length matters, and not by what launches others."""
+    like = torch.empty((), device=device, dtype=dtype).expand(rows, 3, heads, d // heads)
+    scale = (d // heads) ** -0.5
+    return attention.choose(direction, like, max_seqlen, scale, equal_lengths) is varlen_attention

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import random
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
 from mowe_kernels import FamilyPlan, PackLayout, PackPlan
+from mowe_kernels.plan import ROWS_AT_ONCE
 from tests.mowe_kernels.checks import raises
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -108,6 +110,20 @@ def test_what_the_host_knows(routing, monkeypatch):
             assert level.cu_seqlens.dtype == level.group_offsets.dtype == torch.int32
         assert exact.rows is exact.levels[-1]
         assert exact.clip.dtype == exact.encoder.dtype == plan.position.dtype == torch.int32
+
+
+@ROUTINGS
+def test_rows_that_only_the_device_counts_come_in_steps(routing):
+    plan = routing.plan()
+    tensors = {f.name: getattr(plan, f.name) for f in fields(plan)}
+    elsewhere = replace(plan, **{name: t.to("meta") for name, t in tensors.items() if isinstance(t, torch.Tensor)})
+    for f in range(len(routing.num_levels)):
+        most = min(routing.slots, len(routing.members(f)))
+        for level, frames in zip(elsewhere.family(f).levels, routing.levels(f), strict=True):
+            if level.equal_lengths:
+                assert level.num_rows == most * sum(frames)
+            else:
+                assert level.num_rows % ROWS_AT_ONCE == 0 <= level.num_rows - most * sum(frames) < ROWS_AT_ONCE
 
 
 @ROUTINGS

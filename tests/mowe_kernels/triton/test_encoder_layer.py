@@ -97,18 +97,18 @@ all_needed, some_needed = (True,) * 13, (False, *(True,) * 4, *(False,) * 8)
 for pre_norm, block in itertools.product((True, False), (None, Block(64, 32, 64, 4, 2))):
     needs = some_needed if block is None else all_needed
     with use_backend("triton"), _launch.assume(_launch.ARCHITECTURES[90]), _launch.override(mlp_block=block):
-        how = 40, 2, pre_norm, 1e-5, False
-        run(parts, first, 40, how, needs)  # compiles
-        for parameters, count, *others in tries * 2:
+        run(parts, first, 40, (40, 2, pre_norm, 1e-5, False), needs)  # compiles
+        for longest, (parameters, count, *others) in itertools.product((40, 57), tries):
+            how = longest, 2, pre_norm, 1e-5, False
             expected = run(parts, parameters, count, how, needs, *others)
             assert len(expected[0][0]) == (7 if block is None else 5 if pre_norm else 6)
             assert run(repeated, parameters, count, how, needs, *others) == expected
-        # by direction, sizes, types and alignments, not by layers
+        # by direction, sizes, types and alignments, not by layers and lengths
         assert len(repeated._kept) == 18 and all(repeated._kept.values())
 
 how = 40, 2, True, 1e-5, False
 for module, name, value, kept, not_repeated in (
-    (repeated.attention, "choose", lambda *args: parts, 3, 3),  # by somebody else's kernels
+    (repeated.attention, "choose", lambda *args: parts, 0, 0),  # by somebody else's kernels
     (_repeat, "MOST_BYTES", 0, 3, 2),  # what a forward saves is no temporary
     (repeated, "MOST_BYTES", 0, 0, 0),
 ):
