@@ -101,6 +101,8 @@ def grouped_conv1d_fwd_kernel(
         write(
             quarters[i],
             None if p_bias is None else p_bias + encoder * N,
+            None,
+            None,
             None if p_positions is None else p_positions + there * N,
             None if p_residual is None else p_residual + here,
             None if p_pre is None else p_pre + here,

@@ -14,13 +14,15 @@ ROWS = 8  # of a program that only passes over them
 
 @triton.jit
 def write(
-    b_y, p_bias, p_positions, p_residual, p_pre, p_out, rows, column, columns, N: tl.constexpr, GELU: tl.constexpr,
-    positions=0,
+    b_y, p_bias, p_scale, p_through, p_positions, p_residual, p_pre, p_out, rows, column, columns, N: tl.constexpr,
+    GELU: tl.constexpr, positions=0,
 ):  # fmt: skip
-    """What follows a product. Its block b_y begins at `column`, the pointers at its first row in matrices [., N].
+    """out = act(y + bias) * scale * gelu'(through) + positions + residual; pre is kept before the activation.
 
-    rows, positions: how many of its rows there are, and how many of them there is a position for.
+    Block b_y begins at `column`; the pointers, but that to the bias, at its first row, in matrices [., N] or of one
+    number a row. rows, positions: how many of its rows there are, and how many of them there is a position for.
     """
+    NARROW: tl.constexpr = p_out.dtype.element_ty != tl.float32
     b_row, b_n = tl.arange(0, b_y.shape[0]), column + tl.arange(0, b_y.shape[1])
     b_there = (b_row < rows)[:, None] & (b_n < columns)[None, :]
     b_at = b_row[:, None] * N + b_n[None, :]
@@ -29,7 +31,11 @@ def write(
     if p_pre is not None:
         tl.store(p_pre + b_at, b_y.to(p_pre.dtype.element_ty), mask=b_there)
     if GELU:
-        b_y = gelu(b_y, p_out.dtype.element_ty != tl.float32)
+        b_y = gelu(b_y, NARROW)
+    if p_scale is not None:
+        b_y *= tl.load(p_scale + b_row, mask=b_row < rows, other=0.0).to(tl.float32)[:, None]
+    if p_through is not None:
+        b_y *= gelu_grad(tl.load(p_through + b_at, mask=b_there, other=0.0).to(tl.float32), NARROW)
     if p_positions is not None:
         b_placed = b_there & (b_row < positions)[:, None]
         b_y += tl.load(p_positions + b_at, mask=b_placed, other=0.0).to(tl.float32)

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from mowe_kernels.triton._device import add_product, find_tile, gelu, gelu_grad
+from mowe_kernels.triton._epilogue import write
 
 
 @triton.jit
@@ -49,24 +50,22 @@ def finish(
     GELU: tl.constexpr,
 ):
     """What follows a product, on its block [BM, BN] at (row, col)."""
-    NARROW: tl.constexpr = p_out.dtype.element_ty != tl.float32
-    rows, cols = tl.arange(0, acc.shape[0]), tl.arange(0, acc.shape[1])
-    there = (rows < stop - row)[:, None] & (cols < N - col)[None, :]
-    base = tl.cast(row, tl.int64) * N + col
-    at = rows[:, None] * N + cols[None, :]
-    if p_bias is not None:
-        acc += tl.load(p_bias + group * N + col + cols, mask=cols < N - col, other=0.0).to(tl.float32)[None, :]
-    if p_pre is not None:
-        tl.store(p_pre + base + at, acc.to(p_pre.dtype.element_ty), mask=there)
-    if GELU:
-        acc = gelu(acc, NARROW)
-    if p_scale is not None:
-        acc *= tl.load(p_scale + row + rows, mask=rows < stop - row, other=0.0).to(tl.float32)[:, None]
-    if p_through is not None:
-        acc *= gelu_grad(tl.load(p_through + base + at, mask=there, other=0.0).to(tl.float32), NARROW)
-    if p_residual is not None:
-        acc += tl.load(p_residual + base + at, mask=there, other=0.0).to(tl.float32)
-    tl.store(p_out + base + at, acc.to(p_out.dtype.element_ty), mask=there)
+    first = tl.cast(row, tl.int64) * N
+    write(
+        acc,
+        None if p_bias is None else p_bias + group * N,
+        None if p_scale is None else p_scale + row,
+        None if p_through is None else p_through + first,
+        None,
+        None if p_residual is None else p_residual + first,
+        None if p_pre is None else p_pre + first,
+        p_out + first,
+        stop - row,
+        col,
+        N,
+        N,
+        GELU,
+    )
 
 
 # a: [R, K], or its descriptor. w: [E, N, K], or [E, K, N] with TRANSPOSED, or its descriptor as a matrix of E * N

@@ -101,6 +101,8 @@ def mixture_project_fwd_kernel(
             p_bias,
             None,
             None,
+            None,
+            None,
             None if p_pre is None else p_pre + here,
             p_out + here,
             rows - row,
