@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import is_autocast_enabled as autocasts
+from torch.autograd import forward_ad
 
 from mowe_kernels.backend import implementation
 
@@ -110,13 +111,23 @@ def traced(*args: Any) -> bool:
 
 
 def needs_grad(*args: Any) -> bool:
-    """Whether autograd will ask for a gradient through any of these arguments."""
+    """Whether autograd will ask for a gradient through any of these arguments.
+
+    Raises NotImplementedError where one has a tangent: the kernels would drop it without a word.
+    """
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(args)
     if not torch.is_grad_enabled():
         return False
     for a in args:  # noqa: SIM110
         if isinstance(a, torch.Tensor) and a.requires_grad:
             return True
     return False
+
+
+def _refuse_tangents(args: tuple[Any, ...]) -> None:
+    if any(isinstance(a, torch.Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args):
+        raise NotImplementedError("mowe_kernels has no forward-mode derivatives (jvp, jacfwd); use backward")
 
 
 def check(condition: bool, op: str, message: str) -> None:

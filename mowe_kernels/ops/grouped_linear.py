@@ -6,17 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mowe_kernels.ops._op import (
-    DifferentiableOp,
-    Op,
-    check,
-    check_dtype,
-    check_offsets,
-    check_shape,
-    empty,
-    needs_grad,
-    optional,
-)
+from mowe_kernels.ops._op import DifferentiableOp, Op, check, check_dtype, check_offsets, check_shape, empty, needs_grad
 
 ACTIVATIONS = ("", "gelu")
 
@@ -40,7 +30,7 @@ def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple:
     grads = (None,) * 4
     if grad is not None and any(needs):
         grads = BACKWARD(grad, x, weight, group_offsets, row_scale, pre, ctx.activation, *needs, None)
-    *grads, grad_scale = map(optional, grads)
+    *grads, grad_scale = (g if needed else None for g, needed in zip(grads, needs, strict=True))
     return *grads, None, grad if need_residual else None, grad_scale, None, None
 
 

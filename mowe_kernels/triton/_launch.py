@@ -137,13 +137,23 @@ def setting(
     `key`, or what the op's table gives.
 
     kind: what to make of the values of a measured one; the default's own type without.
+    Raises ValueError for a measured one of another number of values.
     """
     if name in _state["settings"]:
         return _state["settings"][name]
     measured = device.tuned.get(f"{name}, {key}", _UNTUNED) if device is not None and device.tuned else _UNTUNED
     if measured is _UNTUNED:
         return default
-    return (kind or type(default))(*measured) if isinstance(measured, list) else measured
+    if not isinstance(measured, list):
+        return measured
+    make = kind or type(default)
+    try:
+        return make(*measured)
+    except TypeError:
+        raise ValueError(
+            f"the measured setting {name!r} ({key}) has other values than this version asks for: {measured}; "
+            "make the table anew: python -m mowe_kernels.tune"
+        ) from None
 
 
 def hardware(device: torch.device) -> Hardware:

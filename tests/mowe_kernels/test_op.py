@@ -170,6 +170,18 @@ def test_no_rows_have_a_gradient_of_no_rows():
     mk.grouped_linear(x, weight, None, int32(0, 0)).sum().backward()
     assert x.grad.shape == (0, 5)
     assert weight.grad.eq(0).all()
+    scale = normal(0).requires_grad_()
+    mk.grouped_linear(x, weight, None, int32(0, 0), row_scale=scale).sum().backward()
+    assert scale.grad.shape == (0,)
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_tangent_is_refused_and_not_dropped(learns):
+    weight, at = normal(1, 3, 5).requires_grad_(learns), int32(0, 4)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
+        torch.func.jvp(lambda x: mk.grouped_linear(x, weight, None, at), (normal(4, 5),), (normal(4, 5),))
+    with torch.autograd.forward_ad.dual_level():
+        mk.grouped_linear(normal(4, 5), weight, None, at)
 
 
 def test_two_runs_are_bitwise_equal():

@@ -101,6 +101,12 @@ def test_settings_of_a_table_go_before_those_of_the_op():
         assert gemm_tile(tuned, torch.bfloat16, 100_000, 1536) == Tile(16, 16, 16, 4, 2)
 
 
+def test_settings_of_another_version():
+    tuned = ARCHITECTURES[90]._replace(tuned={"gemm_tile, 16 bits, many blocks": [64, 32, 32, 4]})
+    with raises("gemm_tile", "16 bits, many blocks", "[64, 32, 32, 4]", "mowe_kernels.tune"):
+        gemm_tile(tuned, torch.bfloat16, 100_000, 1536)
+
+
 def test_a_table_may_say_that_a_kernel_is_not_worth_it_or_is():
     rows = torch.bfloat16, 512
     key = "mlp_block, 16 bits, width 512"
