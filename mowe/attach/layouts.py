@@ -115,6 +115,13 @@ def _standard(**settings: Any) -> AudioLayout:
 
 
 _FLAMINGO = _standard(hop=640, offset=160, linear=(f"{_PROJECTOR}.linear_1",))
+_GRANITE = _standard(
+    tower="model.encoder",
+    projector="model.projector",
+    width="projector_config.encoder_hidden_size",  # the plus model's tower gives several of its layers side by side
+    hop=320,
+    offset=80,
+)
 _MERALION = _standard(
     width="speech_config.d_model",
     hop=320,
@@ -130,9 +137,8 @@ LAYOUTS: dict[str, AudioLayout] = {
     "musicflamingo": _FLAMINGO,
     "voxtral": _standard(hop=320, rows="windows", linear=(f"{_PROJECTOR}.linear_1",), stack=4),
     "glmasr": _standard(hop=320, linear=(f"{_PROJECTOR}.linear_1",), stack=4),
-    "granite_speech": _standard(
-        tower="model.encoder", projector="model.projector", width="encoder_config.hidden_dim", hop=320, offset=80
-    ),
+    "granite_speech": _GRANITE,
+    "granite_speech_plus": _GRANITE,
     "qwen3_asr": _standard(
         hop=Fraction(16_000, 13),
         rows=_qwen3_asr_lengths,

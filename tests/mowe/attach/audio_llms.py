@@ -164,21 +164,33 @@ def _glmasr_features(waves: Sequence[Tensor]) -> Features:
 
 
 def _granite_speech() -> PreTrainedModel:
-    config = transformers.GraniteSpeechConfig(
-        text_config={"model_type": "granite", **_LM},
-        encoder_config={
+    config = transformers.GraniteSpeechConfig(**_granite(width=16))
+    return transformers.GraniteSpeechForConditionalGeneration(config)
+
+
+def _granite_speech_plus() -> PreTrainedModel:
+    settings = _granite(width=32)
+    settings["encoder_config"]["cat_hidden_layers"] = [1]
+    config = transformers.GraniteSpeechPlusConfig(**settings)
+    return transformers.GraniteSpeechPlusForConditionalGeneration(config)
+
+
+def _granite(width: int) -> dict[str, Any]:
+    """width: of what the tower gives the projector."""
+    return {
+        "text_config": {"model_type": "granite", **_LM},
+        "encoder_config": {
             "input_dim": MEL, "num_layers": 2, "hidden_dim": 16, "feedforward_mult": 2, "num_heads": 2, "dim_head": 8,
             "output_dim": 8, "context_size": 10, "max_pos_emb": 16, "conv_kernel_size": 3, "dropout": 0.0,
         },
-        projector_config={
+        "projector_config": {
             "model_type": "blip_2_qformer", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-            "intermediate_size": 24, "encoder_hidden_size": 16, "hidden_dropout_prob": 0.0,
+            "intermediate_size": 24, "encoder_hidden_size": width, "hidden_dropout_prob": 0.0,
             "attention_probs_dropout_prob": 0.0,
         },
-        audio_token_index=AUDIO,
-        has_lora_adapter=False,
-    )  # fmt: skip
-    return transformers.GraniteSpeechForConditionalGeneration(config)
+        "audio_token_index": AUDIO,
+        "has_lora_adapter": False,
+    }  # fmt: skip
 
 
 def _granite_speech_features(waves: Sequence[Tensor]) -> Features:
@@ -396,6 +408,7 @@ TINY: dict[str, TinyModel] = {
     "voxtral": TinyModel(_voxtral, _voxtral_features, windows="model"),
     "glmasr": TinyModel(_glmasr, _glmasr_features, windows="processor"),
     "granite_speech": TinyModel(_granite_speech, _granite_speech_features),
+    "granite_speech_plus": TinyModel(_granite_speech_plus, _granite_speech_features),
     "qwen3_asr": TinyModel(_qwen3_asr, _qwen3_asr_features),
     "qwen2_5_omni_thinker": TinyModel(_qwen2_5_omni, _qwen2_5_omni_features),
     "qwen3_omni_moe_thinker": TinyModel(_qwen3_omni_moe, _qwen3_omni_moe_features),

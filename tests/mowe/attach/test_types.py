@@ -18,7 +18,7 @@ from tests.mowe.attach.models import inputs, tiny, tiny_pool, without_timm
 from tests.mowe.attach.tools import LONG, attached, awaken, logits, plain, prompts, same_state, state, step_logits
 
 # Their own answer to a clip changes with the padding that a longer neighbour brings, mixture or not.
-CHANGED_BY_PADDING = ("granite_speech", "phi4_multimodal", "fun_asr_nano")
+CHANGED_BY_PADDING = ("granite_speech", "granite_speech_plus", "phi4_multimodal", "fun_asr_nano")
 
 # Layers of gemma3n with 4 inputs, whatever its size: fewer than a block of bitsandbytes.
 TOO_SMALL_FOR_FOUR_BIT = (r"model\.language_model\.layers\.\d+\.altup",)
