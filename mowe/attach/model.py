@@ -97,7 +97,10 @@ class Attached(KeepsFixed):
 
         path = self.mowe.layout.language_model
         layers = self.mowe.layout.submodule(self, path).named_modules()  # type: ignore[arg-type]
-        names = {name.split(".")[-1] for name, module in layers if isinstance(module, nn.Linear | Conv1D)}
+        linear = [name for name, module in layers if isinstance(module, nn.Linear | Conv1D)]
+        # A layer that has an adapter already holds the one it had, and those of the adapter.
+        own = [name.removesuffix(".base_layer") for name in linear if ".lora_" not in name]
+        names = {name.split(".")[-1] for name in own}
         named = sorted(name for name in names if not name.isdigit())  # a number names other modules too
         inside = rf"{re.escape(path)}\."
         ours = {

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from peft import get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -393,6 +394,18 @@ def test_pickles(model_type: str) -> None:
     given = {**inputs(model_type, [[SHORT]]), **weak_inputs(heard(model_type, [SHORT]))}
     with torch.no_grad():
         assert torch.equal(again(**given).logits, model(**given).logits)
+
+
+def test_lora_of_a_model_that_has_one() -> None:
+    """It targets the layers there were, and not those that the first one brought."""
+    model = mowe.attach(tiny("qwen2_audio"), tiny_pool())
+    targets = model.lora_config().target_modules
+    adapted = get_peft_model(model, model.lora_config(r=2))
+    assert model.lora_config().target_modules == targets
+    adapted.add_adapter("second", model.lora_config(r=3))
+    names = [name for name, _ in adapted.named_parameters()]
+    first, second = ([n.split(".lora_")[0] for n in names if f".{which}." in n] for which in ("default", "second"))
+    assert first and first == second
 
 
 def test_taken_off_inside_what_wraps_it() -> None:
