@@ -46,6 +46,16 @@ def save_adapter(model: nn.Module, save_directory: str | PathLike[str]) -> None:
     write_config(mixture.config, folder)
 
 
+def save_beside_model(model: PreTrainedModel, save_directory: str | PathLike[str]) -> None:
+    """Write what transformers left out when it saved a model with a mixture into a folder."""
+    if model._hf_peft_config_loaded:  # then it saved the adapters of peft alone
+        save_adapter(model, save_directory)
+    else:
+        # That of an earlier mixture would be read in place of the one among the model's parameters.
+        Path(save_directory, WEIGHTS_FILE).unlink(missing_ok=True)
+        write_config(model.mowe.config, save_directory)
+
+
 def check_full_precision(mixture: AttachedMixture) -> None:
     """Raise ConfigError for a mixture whose pool is in 4 bits, which no file of it could give back."""
     if mixture.pool.quantized:

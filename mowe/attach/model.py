@@ -73,13 +73,16 @@ class Attached(KeepsFixed):
         return expand(expand_size=expand_size, **kwargs)
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As in transformers, the mixture included; `mowe.load_attached` reads it back, and so does `attach_from`."""
-        from mowe.attach.adapter import check_full_precision, write_config
+        """As in transformers, the mixture included; `mowe.load_attached` reads it back, and so does `attach_from`.
+
+        Of a model with adapters (`add_adapter`) transformers saves those alone: the mixture then lies beside them.
+        """
+        from mowe.attach.adapter import check_full_precision, save_beside_model
 
         check_full_precision(self.mowe)
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_main_process", True):
-            write_config(self.mowe.config, save_directory)
+            save_beside_model(self, save_directory)  # type: ignore[arg-type]
 
     def save_adapter(self, save_directory: str | PathLike[str]) -> None:
         """See `mowe.save_adapter`."""

@@ -150,6 +150,26 @@ def test_a_whole_model_in_several_files(model: PreTrainedModel, tmp_path: Path) 
         assert torch.equal(logits(other.requires_grad_(False), batch), logits(model, batch))
 
 
+def test_a_whole_model_where_an_adapter_was(model: PreTrainedModel, folder: Path) -> None:
+    """The mixture of the model, and not that of the adapter which was saved there before."""
+    _tensors(folder, lambda tensors: tensors["router.dependent.weight"].zero_())
+    model.save_pretrained(folder)
+    for other in (mowe.load_attached(folder), mowe.attach_from(tiny("qwen2_audio"), folder)):
+        assert same_state(state(other.mowe), state(model.mowe))
+
+
+def test_beside_adapters_of_peft(tmp_path: Path) -> None:
+    """Where transformers saves those alone, the mixture is not lost."""
+    model = attached("qwen2_audio")
+    model.add_adapter(model.lora_config(r=2, init_lora_weights=False))
+    batch = inputs("qwen2_audio", [[SHORT], [LONG]])
+    model.save_pretrained(tmp_path)
+    other = tiny("qwen2_audio")
+    other.load_adapter(tmp_path)
+    mowe.attach_from(other, tmp_path)
+    assert torch.equal(logits(other, batch), logits(model, batch))
+
+
 def test_a_whole_model_loads_as_its_own_class_without_the_mixture(model: PreTrainedModel, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     own_class = type(tiny("qwen2_audio"))
