@@ -164,7 +164,7 @@ def detach(model: Model) -> Model:
     model.mowe.unhook()
     del model.mowe
     model.__class__ = type(model).__bases__[1]
-    _refresh_hooked_forward(model)
+    _refresh(model)
     return model
 
 
@@ -182,6 +182,10 @@ def check_attachable(model: PreTrainedModel, layout: AudioLayout | None) -> Audi
         raise ConfigError(f"expected a model of transformers, got {type(model).__name__}; attach before wrapping it")
     if isinstance(model, Attached):
         raise ConfigError(f"{type(model).__name__} has a mixture already; mowe.detach(model) takes it off")
+    if "forward" in vars(model) and "_old_forward" not in vars(model):
+        raise ConfigError(
+            f"the forward method of this {type(model).__name__} was replaced (compiled?); attach before that"
+        )
     layout = layout or layout_of(model)
     if _place_of(model, layout)[0].type == "meta":
         raise ConfigError("the model's audio tower is offloaded; only its language model can be, by its device_map")
@@ -194,7 +198,7 @@ def join(model: Model, mixture: AttachedMixture) -> Model:
     mixture.hook(model)
     model.mowe = mixture
     model.__class__ = _attached_class(type(model))
-    _refresh_hooked_forward(model)
+    _refresh(model)
     return model
 
 
@@ -269,7 +273,8 @@ def _with_router_loss(outputs: Any, mixture: MixtureOutput, labels: Tensor | Non
     return outputs
 
 
-def _refresh_hooked_forward(model: PreTrainedModel) -> None:
-    """accelerate keeps the forward method it wraps on the instance, where a change of class does not reach it."""
-    if "_old_forward" in vars(model):
+def _refresh(model: PreTrainedModel) -> None:
+    """Forget what was kept of the model as it was before its class and hooks changed."""
+    if "_old_forward" in vars(model):  # accelerate keeps the method that it wraps on the instance
         model._old_forward = MethodType(type(model).forward, model)
+    torch.compiler.reset()  # what is compiled does not look whether there are hooks

@@ -223,6 +223,19 @@ def test_under_autocast() -> None:
     assert all(parameter.grad is not None for parameter in model.mowe.fusion.parameters())
 
 
+def test_compiled() -> None:
+    """Before attaching, with a mixture, and after detaching: what was compiled before is not used."""
+    model = tiny("voxtral")
+    batch = inputs("voxtral", [[SHORT]])
+    expected = logits(model, plain(batch))
+    trained = logits(attached("voxtral"), batch)
+    model.compile(backend="eager")
+    assert_same(logits(model, plain(batch)), expected)
+    awaken(mowe.attach(model, tiny_pool()))
+    assert_same(logits(model, batch), trained)
+    assert_same(logits(mowe.detach(model), plain(batch)), expected)
+
+
 def test_a_frozen_tower_stays_in_evaluation_mode() -> None:
     model = mowe.attach(tiny("granite_speech"), tiny_pool())
     model.train()
@@ -350,6 +363,10 @@ def test_bad_models_and_pools(qwen2_audio: PreTrainedModel) -> None:
         mowe.attach(tiny("qwen2_audio"), tiny_pool().to("meta"))
     with pytest.raises(mowe.ConfigError, match="the model's audio tower is offloaded"):
         mowe.attach(tiny("qwen2_audio").to("meta"), tiny_pool().to("meta"))
+    compiled = tiny("qwen2_audio")
+    compiled.forward = torch.compile(compiled.forward, backend="eager")
+    with pytest.raises(mowe.ConfigError, match=r"forward method of this Qwen2Audio\w+ was replaced \(compiled\?\)"):
+        mowe.attach(compiled, tiny_pool())
     with pytest.raises(mowe.ConfigError, match="expected an EncoderPool, got list"):
         mowe.attach(tiny("qwen2_audio"), [])
     with pytest.raises(mowe.ConfigError, match="expected a model of transformers, got Linear"):
