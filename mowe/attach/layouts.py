@@ -223,9 +223,12 @@ def skip_modules(model_type: str) -> list[str]:
     """What bitsandbytes should leave alone, so that the language model is quantised and its encoders are not.
 
     For `BitsAndBytesConfig(..., llm_int8_skip_modules=mowe.skip_modules("voxtral"))`. By default only the output layer
-    is skipped, and a list that is given replaces that default: it is in this one too.
+    is skipped, and a list that is given replaces that default: it is in this one too. Of a model that takes a mixture
+    in its `thinker`, nothing else is quantised.
     Raises ConfigError for a model type without a layout.
     """
+    if f"{model_type}_thinker" in LAYOUTS:
+        return [r"(?!thinker\.)", *(f"thinker.{path}" for path in skip_modules(f"{model_type}_thinker"))]
     if model_type not in LAYOUTS:
         raise ConfigError(f"models of type {model_type!r} are not supported; supported: {', '.join(LAYOUTS)}")
     layout = LAYOUTS[model_type]

@@ -13,6 +13,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from peft import get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 import mowe
 from mowe.attach.mixture import AttachedMixture
@@ -314,6 +315,13 @@ def test_models_that_hold_a_supported_one() -> None:
     model.config.model_type = "qwen2_5_omni"
     with pytest.raises(mowe.ConfigError, match=r"'qwen2_5_omni' are not supported \(attach to its `thinker`\)"):
         mowe.attach(model, tiny_pool())
+
+
+def test_skipped_modules_of_models_that_hold_a_supported_one() -> None:
+    skipped = mowe.skip_modules("qwen2_5_omni")
+    names = [f"thinker.{name}" for name, _ in tiny("qwen2_5_omni_thinker").named_modules() if name]
+    converted = [name for name in (*names, "talker.model.layers.0") if should_convert_module(name, skipped)]
+    assert converted == [name for name in names if name.split(".")[1] == "model"]
 
 
 def _layout(**settings: Any) -> mowe.AudioLayout:
