@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from contextlib import AbstractContextManager
 from functools import cache
 from os import PathLike
 from types import MethodType
@@ -59,8 +60,16 @@ class Attached(KeepsFixed):
         """As in transformers. The pool runs once, whatever the number of steps, beams and returned sequences."""
         if mowe_waveforms is None:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
-        with self.mowe.hearing(mowe_waveforms, mowe_waveforms_mask):
+        with self._hearing(mowe_waveforms, mowe_waveforms_mask):
             return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def _hearing(self, waveforms: Tensor, mask: Tensor | None) -> AbstractContextManager[None]:
+        if not isinstance(self.mowe, AttachedMixture):
+            raise ConfigError(
+                "the mixture is one of peft's modules_to_save, which are copies that the model does not ask; "
+                "model.mowe.requires_grad_(True) trains it, mowe.save_adapter saves it"
+            )
+        return self.mowe.hearing(waveforms, mask)
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         """Beams and returned sequences repeat the audio, every model in its own order, which the mixture notes."""
@@ -234,7 +243,7 @@ def _attached_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     ) -> Any:
         if mowe_waveforms is None:  # a text, or a step of `generate`
             return base.forward(self, *args, **kwargs)
-        with self.mowe.hearing(mowe_waveforms, mowe_waveforms_mask):
+        with self._hearing(mowe_waveforms, mowe_waveforms_mask):
             outputs = base.forward(self, *args, **kwargs)
             mixture = self.mowe.call.mixture
         labels = own.bind(self, *args, **kwargs).arguments.get("labels")

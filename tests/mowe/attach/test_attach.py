@@ -433,6 +433,16 @@ def test_lora_of_a_model_that_has_one() -> None:
     assert first and first == second
 
 
+def test_a_mixture_that_peft_copied() -> None:
+    model = mowe.attach(tiny("qwen2_audio"), tiny_pool())
+    adapted = get_peft_model(model, model.lora_config(modules_to_save=["mowe"]))
+    for call in (adapted, adapted.generate):
+        with pytest.raises(
+            mowe.ConfigError, match=r"is one of peft's modules_to_save, .*requires_grad_\(True\) trains"
+        ):
+            call(**inputs("qwen2_audio", [[SHORT]]))
+
+
 def test_taken_off_inside_what_wraps_it() -> None:
     with pytest.raises(mowe.ConfigError, match="Sequential wraps the model that has the mixture; unwrap it first"):
         mowe.detach(torch.nn.Sequential(attached("qwen2_audio")))
