@@ -35,7 +35,8 @@ class AudioLayout:
         audio: a function from the arguments of the tower's call to the frames of each audio, an integer tensor [N].
     linear: paths of the layers that first multiply the features, whose columns "concat" extends; several where the
         model chooses between them. Empty where the features pass through something else first: then only "residual".
-    stack: how many frames lie side by side in one input of `linear`, or the path in the configuration that tells.
+    stack: how many frames lie side by side in one input of `linear`, or the path in the configuration that tells; where
+        they do not come out even, the last of a row are filled up with zeros.
     inputs: what the model calls its audio input, a tensor with one entry for each row of features (or each audio).
     others: paths of further parts that are not the language model, such as an encoder of images.
 

@@ -203,11 +203,12 @@ class AttachedMixture(Mixture):
         batch = AudioBatch.from_waveforms([piece.wave for piece in own], rows.device)
         call.mixture = self.mix(base, ClipFeatures(batch, self.pool.config.context))
         tokens, lengths = call.mixture.tokens, call.mixture.lengths
-        delta = tokens.new_zeros(rows.shape[0] // stack, tokens.shape[1])
+        inputs = [0, *accumulate(projected_lengths(frames, [stack]))]
+        delta = tokens.new_zeros(inputs[-1], tokens.shape[1])
         for copy in range(len(copies[0])):  # rows that repeat one another were encoded once and are written to each
             targets: list[int] = []
             for piece, length in zip(own, lengths, strict=True):
-                first = (firsts[copies[piece.row][copy]] + piece.start) // stack
+                first = inputs[copies[piece.row][copy]] + piece.start // stack
                 targets += range(first, first + length)
             delta = delta.index_copy(0, device_lengths([targets], delta.device)[0].long(), tokens)
         call.delta = delta

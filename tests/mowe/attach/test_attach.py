@@ -11,11 +11,12 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from peft import get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 import mowe
+from mowe.attach.configuration import AdapterConfig
 from mowe.attach.mixture import AttachedMixture
 from tests.mowe.attach.audio_llms import AUDIO, WINDOW
 from tests.mowe.attach.models import heard, inputs, tiny, tiny_pool, weak_inputs
@@ -127,6 +128,33 @@ def test_repeated_rows_get_what_is_theirs(model_type: str, order: list[int]) -> 
     model(**batch)
     model.generate(**batch, **_answer(num_beams=2))
     torch.testing.assert_close(features[1], features[0][order])
+
+
+class _Stacked(nn.Module):
+    """A projector that fills the frames of each row up to a whole number of stacks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8 * 16, 24)
+
+    def forward(self, features: Tensor) -> Tensor:
+        filled = nn.functional.pad(features, (0, 0, 0, -features.shape[1] % 8))
+        return self.linear(filled.unflatten(1, (-1, 8)).flatten(2))
+
+
+def test_stacks_that_do_not_come_out_even() -> None:
+    pool = tiny_pool()
+    layout = mowe.AudioLayout(tower="0", projector="1", width="", hop=320, linear=("1.linear",), stack=8)
+    config = AdapterConfig(base_width=16, fusion="concat", fusion_width=24, fusion_stack=8, pool_config=pool.config)
+    mixture, model = AttachedMixture(config, pool, layout), nn.Sequential(nn.Identity(), _Stacked())
+    mixture.fusion.slot_weights[0].data.normal_()
+    mixture.hook(model)
+    features, waves = torch.randn(2, 100, 16), weak_inputs([SHORT, LONG])
+    outputs = []
+    for frames in (features, nn.functional.pad(features, (0, 0, 0, 4))):
+        with mixture.hearing(waves["mowe_waveforms"], waves["mowe_waveforms_mask"]):
+            outputs.append(model(frames))
+    assert_same(outputs[0], outputs[1])
 
 
 def test_the_pool_runs_once_without_a_cache(qwen2_audio: PreTrainedModel) -> None:
