@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
-from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -21,6 +16,7 @@ from mowe.attach.mixture import AttachedMixture
 from tests.mowe.attach.audio_llms import AUDIO, WINDOW
 from tests.mowe.attach.models import heard, inputs, tiny, tiny_pool, weak_inputs
 from tests.mowe.attach.tools import (
+    KINDS,
     LONG,
     OVER_A_WINDOW,
     SHORT,
@@ -35,8 +31,6 @@ from tests.mowe.attach.tools import (
 )
 from tests.mowe.encoders import assert_same
 
-# Padded rows, rows that are windows, packed rows, features and layer inside the tower.
-KINDS = ["qwen2_audio", "voxtral", "qwen3_asr", "qwen2_5_omni_thinker"]
 each_kind = pytest.mark.parametrize("model_type", KINDS)
 
 
@@ -252,19 +246,6 @@ def test_under_autocast() -> None:
     assert all(parameter.grad is not None for parameter in model.mowe.fusion.parameters())
 
 
-def test_compiled() -> None:
-    """Before attaching, with a mixture, and after detaching: what was compiled before is not used."""
-    model = tiny("voxtral")
-    batch = inputs("voxtral", [[SHORT]])
-    expected = logits(model, plain(batch))
-    trained = logits(attached("voxtral"), batch)
-    model.compile(backend="eager")
-    assert_same(logits(model, plain(batch)), expected)
-    awaken(mowe.attach(model, tiny_pool()))
-    assert_same(logits(model, batch), trained)
-    assert_same(logits(mowe.detach(model), plain(batch)), expected)
-
-
 def test_a_frozen_tower_stays_in_evaluation_mode() -> None:
     model = mowe.attach(tiny("granite_speech"), tiny_pool())
     model.train()
@@ -275,32 +256,6 @@ def test_a_frozen_tower_stays_in_evaluation_mode() -> None:
     assert model.model.encoder.training
     model.eval()
     assert not any(part.training for part in model.modules())
-
-
-def test_a_copy_is_a_model_of_its_own() -> None:
-    model = attached("qwen2_audio")
-    batch = inputs("qwen2_audio", [[SHORT]])
-    expected = logits(model, batch)
-    other = copy.deepcopy(model)
-    awaken(other)
-    assert torch.equal(logits(model, batch), expected)
-    assert not torch.allclose(logits(other, batch), expected, atol=1e-4)
-    mowe.detach(other)
-    assert torch.equal(logits(model, batch), expected)
-
-
-def test_under_hooks_of_accelerate() -> None:
-    """accelerate replaces the forward method of the instance when it spreads a model over devices."""
-    model = tiny("qwen2_audio")
-    batch = inputs("qwen2_audio", [[SHORT]])
-    expected = logits(model, plain(batch))
-    add_hook_to_module(model, ModelHook())
-    awaken(mowe.attach(model, tiny_pool()))
-    trained = logits(model, batch)
-    assert not torch.allclose(trained, expected, atol=1e-4)
-    assert torch.equal(logits(mowe.detach(model), plain(batch)), expected)
-    remove_hook_from_module(model)
-    assert torch.equal(logits(model, plain(batch)), expected)
 
 
 def test_attached_again_after_detaching() -> None:
@@ -423,57 +378,6 @@ def test_what_is_fixed_never_learns() -> None:
         assert module.requires_grad_(True) is module
         assert all(parameter.requires_grad for parameter in model.mowe.router.parameters())
         assert not any(parameter.requires_grad for parameter in fixed)
-
-
-def test_threads_hear_their_own() -> None:
-    model = awaken(attached("qwen2_audio"))
-    given = [{**inputs("qwen2_audio", [[clip]]), **weak_inputs(heard("qwen2_audio", [clip]))} for clip in (SHORT, LONG)]
-    with torch.no_grad():
-        expected = [model(**one).logits for one in given]
-
-        def call(which: int) -> bool:
-            with torch.no_grad():
-                return torch.equal(model(**given[which % 2]).logits, expected[which % 2])
-
-        with ThreadPoolExecutor(4) as pool:
-            assert all(pool.map(call, range(24)))
-
-
-@each_kind
-def test_pickles(model_type: str) -> None:
-    model = awaken(attached(model_type))
-    again = pickle.loads(pickle.dumps(model))
-    assert type(again) is type(model)
-    given = {**inputs(model_type, [[SHORT]]), **weak_inputs(heard(model_type, [SHORT]))}
-    with torch.no_grad():
-        assert torch.equal(again(**given).logits, model(**given).logits)
-
-
-def test_lora_of_a_model_that_has_one() -> None:
-    """It targets the layers there were, and not those that the first one brought."""
-    model = mowe.attach(tiny("qwen2_audio"), tiny_pool())
-    targets = model.lora_config().target_modules
-    adapted = get_peft_model(model, model.lora_config(r=2))
-    assert model.lora_config().target_modules == targets
-    adapted.add_adapter("second", model.lora_config(r=3))
-    names = [name for name, _ in adapted.named_parameters()]
-    first, second = ([n.split(".lora_")[0] for n in names if f".{which}." in n] for which in ("default", "second"))
-    assert first and first == second
-
-
-def test_a_mixture_that_peft_copied() -> None:
-    model = mowe.attach(tiny("qwen2_audio"), tiny_pool())
-    adapted = get_peft_model(model, model.lora_config(modules_to_save=["mowe"]))
-    for call in (adapted, adapted.generate):
-        with pytest.raises(
-            mowe.ConfigError, match=r"is one of peft's modules_to_save, .*requires_grad_\(True\) trains"
-        ):
-            call(**inputs("qwen2_audio", [[SHORT]]))
-
-
-def test_taken_off_inside_what_wraps_it() -> None:
-    with pytest.raises(mowe.ConfigError, match="Sequential wraps the model that has the mixture; unwrap it first"):
-        mowe.detach(torch.nn.Sequential(attached("qwen2_audio")))
 
 
 @each_kind

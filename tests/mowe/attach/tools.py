@@ -15,6 +15,8 @@ from tests.mowe.encoders import clip
 
 SHORT, LONG, TINY_CLIP = clip(16_000, 1), clip(30_000, 2), clip(9_000, 3)
 OVER_A_WINDOW = clip(50_000, 4)
+# Padded rows, rows that are windows, packed rows, features and layer inside the tower.
+KINDS = ["qwen2_audio", "voxtral", "qwen3_asr", "qwen2_5_omni_thinker"]
 GREEDY = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4, "max_length": None}
 
 
