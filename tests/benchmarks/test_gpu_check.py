@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 import typer
@@ -37,7 +39,8 @@ def test_steps_and_summary(monkeypatch, tmp_path, capsys, failing):
             tested.append(module[-1])
         else:
             minutes.append(limit)
-        log.write_text(f"FAILED {module[0]}\n" * code + "its last line\n")
+        skipped = "SKIPPED [1] tests/gpu/a.py: 24 GiB are needed\n" * ("-rfs" in module)
+        log.write_text(f"FAILED {module[0]}\n" * code + f"{skipped}its last line\n")
         if module[0] == "mowe_kernels.tune":
             DeviceTable("Some GPU", ("route_topk",)).write(tables.user_folder())
         if module[0] == "benchmarks" and not code:
@@ -56,6 +59,7 @@ def test_steps_and_summary(monkeypatch, tmp_path, capsys, failing):
     assert ("- not measured: op 1/5: it differs" in summary) == (failing != "benchmarks")
     assert f"Tests: {0 if failing == 'pytest' else 2} of 2 passed" in summary
     assert summary.count("- FAILED with exit code 1: ") == 2 * (failing == "pytest")
+    assert summary.count("- SKIPPED [1] tests/gpu/a.py: 24 GiB are needed") == 2
     assert tables.read(tmp_path / "out" / "some-gpu.json").ops == ("route_topk",)
 
 
@@ -63,6 +67,16 @@ def test_a_step_that_takes_too_long_is_stopped(tmp_path):
     log = tmp_path / "log"
     assert gpu_check._run(["timeit", "-n", "1", "-r", "1", "import time; time.sleep(60)"], log, 0.02) == 124
     assert gpu_check._last_line(log) == "stopped after 0.0 minutes"
+
+
+@pytest.mark.parametrize("minutes", [0.02, 1.0], ids=["stopped", "ended"])
+def test_a_step_leaves_nothing_running(tmp_path, minutes):
+    late = tmp_path / "late"
+    start = f"import subprocess; subprocess.Popen(['sh', '-c', 'sleep 2.5; touch {late}'])"
+    wait = "import time; time.sleep(60)" * (minutes < 1)
+    gpu_check._run(["timeit", "-n", "1", "-r", "1", f"{start}; {wait}"], tmp_path / "log", minutes)
+    time.sleep(3)
+    assert not late.exists()
 
 
 def test_without_a_gpu(monkeypatch, tmp_path, capsys):
