@@ -176,17 +176,20 @@ def loop(workload: Workload, encoders: Sequence[nn.Module], runs: Sequence[Calla
 def given(workload: Workload, encoders: Sequence[nn.Module]) -> list[list[Tensor]]:
     """[clip][encoder]: its input, prepared before the clock starts; encoders of one kind share it."""
     prepare = extractors(encoders)
-    kinds = {_kind(encoder): e for e, encoder in enumerate(encoders)}
-    by_kind = [{kind: prepare[e](wave) for kind, e in kinds.items()} for wave in workload.waveforms()]
-    return [[clip[_kind(encoder)] for encoder in encoders] for clip in by_kind]
+    kinds = {kind(encoder): e for e, encoder in enumerate(encoders)}
+    by_kind = [{name: prepare[e](wave) for name, e in kinds.items()} for wave in workload.waveforms()]
+    return [[clip[kind(encoder)] for encoder in encoders] for clip in by_kind]
 
 
-def _kind(encoder: nn.Module) -> tuple[str, int]:
+def kind(encoder: nn.Module) -> tuple[str, int]:
+    """Equal for encoders that read the same input."""
     return encoder.main_input_name, getattr(encoder.config, "num_mel_bins", 1)
 
 
 def extractors(encoders: Sequence[nn.Module], padding: str = "max_length") -> list[Callable[[Tensor], Tensor]]:
-    """Waveform -> each encoder's input [1, ...]: log-mel features for Whisper, the clip as it is for wave encoders."""
+    """Waveform -> each encoder's input [1, ...]: the clip as it is for wave encoders, for Whisper log-mel features,
+    computed on the clip's own device.
+    """
     return [_extractor(encoder, padding) for encoder in encoders]
 
 
@@ -196,7 +199,7 @@ def _extractor(encoder: nn.Module, padding: str) -> Callable[[Tensor], Tensor]:
     extract = WhisperFeatureExtractor(feature_size=encoder.config.num_mel_bins)
     dtype = encoder.dtype
     return lambda wave: extract(
-        wave.cpu().numpy(), sampling_rate=SAMPLING_RATE, padding=padding, return_tensors="pt"
+        wave.cpu().numpy(), sampling_rate=SAMPLING_RATE, padding=padding, return_tensors="pt", device=wave.device.type
     ).input_features.to(wave.device, dtype)
 
 

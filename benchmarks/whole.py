@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.providers import Outputs, Provider, Run, extractors
+from benchmarks.providers import Outputs, Provider, Run, extractors, kind
 from benchmarks.workloads import Workload
 from mowe import EncoderPool, MoweForConditionalGeneration
 from mowe.audio import AudioBatch
@@ -117,10 +117,12 @@ class Parts:
 def naive(workload: Workload) -> Run:
     model, waveforms = _shared(workload, "window"), workload.waveforms()
     parts = Parts.of(model)
-    inputs = extractors([parts.base, parts.encoders[0]])
+    of_base, of_pool = extractors([parts.base, parts.encoders[0]])
+    alike = kind(parts.base) == kind(parts.encoders[0])
 
     def clip(wave: Tensor) -> Tensor:
-        for_base, for_pool = (extract(wave) for extract in inputs)
+        for_base = of_base(wave)
+        for_pool = for_base if alike else of_pool(wave)
         frames = model.audio_tower.level_lengths(len(wave), "valid")[-1]
         rows = parts.base(for_base).last_hidden_state[0, :frames]
         weights, chosen = parts.route(rows)

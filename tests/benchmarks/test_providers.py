@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import WhisperFeatureExtractor
 
+from benchmarks import workloads
 from benchmarks.catalogue import ALL
 from benchmarks.floors import Roofs, base_flops, pool_flops, projector_flops
 from benchmarks.host import seconds_a_layer
@@ -42,6 +44,20 @@ def test_a_captured_mixture_agrees(monkeypatch, workload):
     monkeypatch.setattr(graphs, "_capture", lambda run, device: run)
     with torch.no_grad():
         assert list(prepare(Workload.named(workload), ["mixture", "captured"])) == ["mixture", "captured"]
+
+
+@pytest.mark.parametrize(("workload", "times"), [("tiny4/1s/2", 1), ("tiny2/1s/2", 2)], ids=["alike", "unlike"])
+@torch.no_grad()
+def test_the_naive_way_extracts_features_once_for_encoders_that_read_the_same(monkeypatch, workload, times):
+    """And where the waveform lies, as the library does."""
+    monkeypatch.setitem(workloads.BASES, "tiny2", workloads._whisper(384, 1, 6, num_mel_bins=128))
+    extract, places = WhisperFeatureExtractor.__call__, []
+    monkeypatch.setattr(
+        WhisperFeatureExtractor, "__call__", lambda *a, device, **how: places.append(device) or extract(*a, **how)
+    )
+    run = ALL["naive"].prepare(Workload.named(workload))
+    run()
+    assert places == ["cpu"] * 2 * times
 
 
 def test_suites_name_providers_that_exist():
