@@ -28,7 +28,7 @@ def test_steps_and_summary(monkeypatch, tmp_path, capsys, failing):
     monkeypatch.setattr(gpu_check, "load", lambda path: {"results": [], "failed": {"op 1/5": "it differs"}})
     monkeypatch.setattr(gpu_check, "conditions", lambda report: "conditions")
     monkeypatch.setattr(gpu_check, "markdown", lambda results: "results")
-    minutes, tested = [], []
+    minutes, tested, asked = [], [], {}
 
     def run(module, log, limit):
         code = int(module[0] == failing)
@@ -39,6 +39,7 @@ def test_steps_and_summary(monkeypatch, tmp_path, capsys, failing):
             tested.append(module[-1])
         else:
             minutes.append(limit)
+            asked[module[0]] = " ".join(module)
         skipped = "SKIPPED [1] tests/gpu/a.py: 24 GiB are needed\n" * ("-rfs" in module)
         log.write_text(f"FAILED {module[0]}\n" * code + f"{skipped}its last line\n")
         if module[0] == "mowe_kernels.tune":
@@ -52,6 +53,7 @@ def test_steps_and_summary(monkeypatch, tmp_path, capsys, failing):
         gpu_check.main(tmp_path / "out")
     assert stopped.value.exit_code == int(failing is not None)
     assert minutes[0] + gpu_check._MINUTES_OF_TESTS < 6 and minutes[1] < 9
+    assert f" --threads {gpu_check._THREADS}" in asked["benchmarks"]  # its own default is for few cores
     assert sorted(tested) == ["tests/gpu/a.py::test_y", "tests/gpu/a.py::test_z[torch.float16]"]
     summary = (tmp_path / "out" / "summary.md").read_text()
     assert summary in capsys.readouterr().out
