@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import WhisperFeatureExtractor
 
 from benchmarks import workloads
 from benchmarks.catalogue import ALL
+from benchmarks.clock import DeviceClock
 from benchmarks.floors import Roofs, base_flops, pool_flops, projector_flops
 from benchmarks.host import seconds_a_layer
 from benchmarks.measure import OutputsDifferError, outputs_agree, prepare, take_turns
@@ -97,6 +100,36 @@ def test_turns(monkeypatch):
     seconds = take_turns({name: lambda name=name: name for name in taken}, 3, clock=clock)
     assert seconds == {"slow": [10.0, 10.0], "fast": [0.3] * 3}  # who is slow stops early
     assert calls.count("fast") == 3 * 5  # who is fast runs again in its turn
+
+
+@pytest.mark.parametrize(("host_ms", "slept"), [(1, [5]), (12, [5, 10, 20]), (99, [5, 10, 20, 40])])
+def test_the_device_is_timed_while_nothing_is_left_to_ask_of_it(monkeypatch, host_ms, slept):
+    """An invented GPU that sleeps 5 ms at first, and a run that takes the host `host_ms` and the GPU 2 ms."""
+    sleeps = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            pass
+
+        def synchronize(self):
+            pass
+
+        def query(self):
+            return sleeps[-1] < host_ms
+
+        def elapsed_time(self, end):
+            return 2.0 + max(0, host_ms - sleeps[-1])
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(L2_cache_size=1))
+    monkeypatch.setattr(torch, "empty", lambda *args, **how: torch.zeros(1))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: sleeps.append(cycles // 2_000_000))
+    clock = DeviceClock()
+    assert clock(lambda: None) == (2.0 + max(0, host_ms - slept[-1])) / 1e3
+    assert sleeps == slept
 
 
 def test_peak_memory():
