@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -62,15 +62,28 @@ def run(
         roofs = Roofs.measure(device, dtype)
         more = {"roofs": {"flops": roofs.flops, "bandwidth": roofs.bandwidth}, "missing": missing(comparisons)}
         results, failed = [], {}
-        if device == "cuda" and whole:
+
+        def fails(title: str, error: Exception) -> None:
+            """On a GPU, which is lent for minutes: what is there counts, whatever comes after."""
+            if device != "cuda":
+                raise error
+            failed[title] = _shortly(error)
+            console.print(f"{title}: {failed[title]}", markup=False)
+
+        def tried(title: str, step: Callable[[], Any], without: Any) -> Any:
             try:
-                more["seconds_a_layer"] = seconds_a_layer(device, dtype)
+                return step()
             except Exception as error:
-                failed["host time of a layer"] = _shortly(error)
-        steps = {
-            f"{i}/{len(comparisons)} {c.workload} {c.mode}": partial(compare_providers, c, rounds, threads, roofs)
-            for i, c in enumerate(comparisons, 1)
-        }
+                fails(title, error)
+                return without
+
+        if device == "cuda" and whole:
+            more["seconds_a_layer"] = tried("host time of a layer", partial(seconds_a_layer, device, dtype), None)
+        steps = {}
+        for i, c in enumerate(comparisons, 1):
+            title = f"{i}/{len(comparisons)} {c.workload} {c.mode}"
+            alone = partial(lambda title, name, error: fails(f"{title}: {name}", error), title)
+            steps[title] = partial(compare_providers, c, rounds, threads, roofs, left_out=alone)
         if whole and suite != "sweeps":
             more["missing"] |= rivals.missing(device)
             single = partial(
@@ -86,17 +99,12 @@ def run(
         keep = partial(save, output, command, threads, gpu=device == "cuda", **more)
         for title, step in steps.items():
             console.print(f"{title}: outputs compared ...")
-            try:
-                results += step(track=_progress(title))
-            except Exception as error:
-                if device != "cuda":
-                    raise
-                failed[title] = _shortly(error)
-                console.print(f"{title}: {failed[title]}", markup=False)
-            if device == "cuda":  # which is lent for minutes: what is there counts, whatever comes after
+            results += tried(title, partial(step, track=_progress(title)), [])
+            if device == "cuda":
                 keep(results, failed=failed)
         console.print("peak memory ...")
-        keep(remember(comparisons, results, threads), **({"failed": failed} if failed else {}))
+        results = tried("peak memory", partial(remember, comparisons, results, threads), results)
+        keep(results, **({"failed": failed} if failed else {}))
     except ValueError as error:
         _stop(str(error))
     console.print(*rich_tables(load(output)), f"written to {output}", sep="\n")

@@ -14,6 +14,7 @@ from benchmarks.catalogue import ALL
 from benchmarks.clock import host_seconds
 from benchmarks.providers import Outputs, Run
 from benchmarks.workloads import Workload
+from mowe.families import Context
 
 ROOT = Path(__file__).parents[1]
 # Largest relative error (Frobenius norm) between this library's features and others': in float32 as promised, in 16
@@ -24,30 +25,46 @@ _TURN, _RUNS = 1.5, 5
 _ENOUGH = 10.0  # seconds after which a provider with two turns gets no more of them
 
 Track = Callable[[Iterable[int]], Iterable[int]]
+LeftOut = Callable[[str, Exception], None]
 
 
 class OutputsDifferError(ValueError):
     """Providers that do not compute the same thing: nothing is timed."""
 
 
-def prepare(workload: Workload, providers: Sequence[str]) -> dict[str, Run]:
+def prepare(workload: Workload, providers: Sequence[str], left_out: LeftOut | None = None) -> dict[str, Run]:
     """The timed functions, each having run once.
 
-    Raises OutputsDifferError where one differs from the library's own in the same context.
+    left_out: is told of a provider that fails or differs, which is then not among them; but not of the baseline, nor of
+    what others are compared with. Raises OutputsDifferError where one differs from the library's own in the same
+    context.
     """
-    runs = {name: ALL[name].prepare(workload) for name in providers}
-    outputs = {name: run() for name, run in runs.items()}
     # The library in its own context is not only compared with: it is what the others must equal there.
-    expected = {(name, workload.context): outputs[name] for name in outputs if ALL[name].same_as == name}
-    for name in providers:
-        same_as, context = ALL[name].same_as, ALL[name].context or workload.context
-        if same_as is None:
-            continue
-        if (same_as, context) not in expected:
-            expected[same_as, context] = ALL[same_as].prepare(workload, context)()
-        tolerance = ALL[name].tolerance or TOLERANCES[workload.torch_dtype]
-        outputs_agree(f"{workload.name}: {name}", outputs[name], expected[same_as, context], tolerance)
-    return runs
+    own = [name for name in providers if ALL[name].same_as == name]
+    runs: dict[str, Run] = {}
+    expected: dict[tuple[str, Context], Outputs] = {}
+    for name in dict.fromkeys((*own, *providers)):
+        try:
+            runs[name] = _prepared(workload, name, expected)
+        except Exception as error:
+            if left_out is None or name in (*own, providers[0]):
+                raise
+            left_out(name, error)
+    return {name: runs[name] for name in providers if name in runs}
+
+
+def _prepared(workload: Workload, name: str, expected: dict[tuple[str, Context], Outputs]) -> Run:
+    """expected: what the library gives, by provider and context; added to."""
+    provider = ALL[name]
+    run = provider.prepare(workload)
+    outputs = run()
+    if provider.same_as is not None:
+        like = provider.same_as, provider.context or workload.context
+        if like not in expected:
+            expected[like] = outputs if provider.same_as == name else ALL[like[0]].prepare(workload, like[1])()
+        tolerance = provider.tolerance or TOLERANCES[workload.torch_dtype]
+        outputs_agree(f"{workload.name}: {name}", outputs, expected[like], tolerance)
+    return run
 
 
 def outputs_agree(name: str, outputs: Outputs, expected: Outputs, tolerance: float = TOLERANCES[torch.float32]) -> None:

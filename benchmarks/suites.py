@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.catalogue import ALL
 from benchmarks.clock import DeviceClock, host_seconds
 from benchmarks.floors import Roofs, pool_flops
-from benchmarks.measure import TOLERANCES, Track, outputs_agree, prepare, speedups, spread, take_turns
+from benchmarks.measure import TOLERANCES, LeftOut, Track, outputs_agree, prepare, speedups, spread, take_turns
 from benchmarks.memory import peak_memory
 from benchmarks.ops import NUM_OPS, cases
 from benchmarks.providers import Outputs
@@ -122,17 +122,25 @@ def select(suite: str, workloads: Sequence[str], providers: Sequence[str]) -> li
     return chosen
 
 
-def compare(comparison: Comparison, rounds: int, threads: int, roofs: Roofs, track: Track = iter) -> list[Result]:
+def compare(
+    comparison: Comparison,
+    rounds: int,
+    threads: int,
+    roofs: Roofs,
+    track: Track = iter,
+    left_out: LeftOut | None = None,
+) -> list[Result]:
     """Time every provider that can run here `rounds` times in turns on `threads` threads.
 
-    track: wraps the rounds, for a progress bar. Raises OutputsDifferError before anything is timed.
+    track: wraps the rounds, for a progress bar. left_out: see `prepare`. Raises OutputsDifferError before anything is
+    timed.
     """
     torch.set_num_threads(threads)
     workload = Workload.named(comparison.workload, comparison.device, comparison.dtype)
     names = [name for name in comparison.providers if ALL[name].missing() is None]
     floor = roofs.floor(pool_flops(workload)) if comparison.mode == "features" else None
     with torch.set_grad_enabled(ALL[names[0]].learns):
-        seconds = take_turns(prepare(workload, names), rounds, track)
+        seconds = take_turns(prepare(workload, names, left_out), rounds, track)
     baseline = seconds[names[0]]
     return [
         Result(
@@ -148,7 +156,7 @@ def compare(comparison: Comparison, rounds: int, threads: int, roofs: Roofs, tra
             about={"encoders": workload.num_encoders, "slots": workload.top_k, "seconds": workload.seconds},
             sweep=None if comparison.sweep is None else dict(zip(("axis", "value"), comparison.sweep, strict=True)),
         )
-        for name in names
+        for name in seconds
     ]
 
 
@@ -160,8 +168,9 @@ def remember(comparisons: Sequence[Comparison], results: Sequence[Result], threa
         comparison = asked.get((result.subject, result.mode))
         if comparison is not None and result.provider in _REMEMBERED:
             of[i] = (Workload.named(comparison.workload, comparison.device, comparison.dtype), result.provider)
-    peaks = dict(zip(of, peak_memory(list(of.values()), threads), strict=True))
-    return [replace(result, memory=peaks.get(i)) for i, result in enumerate(results)]
+    wanted = list(dict.fromkeys(of.values()))  # a provider may be in several comparisons
+    peaks = dict(zip(wanted, peak_memory(wanted, threads), strict=True))
+    return [replace(result, memory=peaks.get(of.get(i))) for i, result in enumerate(results)]
 
 
 @torch.no_grad()
