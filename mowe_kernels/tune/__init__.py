@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import subprocess
+from functools import cache
 
 
+@cache  # results are written after every step, with what they were made with
 def driver() -> str:
     """Version of the NVIDIA driver, "unknown" where nothing tells."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

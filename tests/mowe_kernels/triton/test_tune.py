@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from mowe_kernels.triton import _launch, grouped_linear, varlen_attention
 from mowe_kernels.triton._launch import Tuning, setting
 from mowe_kernels.tune import __main__ as tune
-from mowe_kernels.tune import search
+from mowe_kernels.tune import driver, search
 from mowe_kernels.tune.accuracy import errors
 from mowe_kernels.tune.cases import Size, cases
 
@@ -212,6 +213,21 @@ def test_a_kernel_that_breaks_its_process_takes_no_other_with_it(monkeypatch):
     found = tune.apart(list(ANSWERS), 2.0)
     assert found["right"] == [] and found["wrong"] == ["error nan"]
     assert found["broken"] == ["no answer, exit code 7"] and found["endless"][0].startswith("no answer")
+
+
+def test_the_driver_is_asked_once(monkeypatch):
+    asked = []
+
+    def run(*args, **how):
+        asked.append(args)
+        return SimpleNamespace(stdout="580.1\n580.1\n")
+
+    monkeypatch.setattr(tune.subprocess, "run", run)
+    driver.cache_clear()
+    try:
+        assert [driver(), driver()] == ["580.1"] * 2 and len(asked) == 1
+    finally:
+        driver.cache_clear()
 
 
 def test_the_search_stops_in_time():
