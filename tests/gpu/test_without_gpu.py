@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from mowe import graphs
+from mowe_kernels.triton import grouped_mlp
+from mowe_kernels.triton._launch import assume, hardware
 from tests.gpu import test_kernels_on_gpu as kernels
 from tests.gpu import test_mixture_on_gpu as mixture
 
@@ -41,6 +43,26 @@ def test_of_the_mixture(body):
 @pytest.mark.parametrize("case", kernels.far_cases(16))
 def test_rows_far_away(case):
     kernels.check_far(case, 3_000)
+
+
+def test_the_fused_kernel_is_tried_whatever_a_table_prefers(monkeypatch):
+    def block(x):
+        return grouped_mlp.fused_block(hardware(x.device), x.dtype, x.shape[1])
+
+    monkeypatch.setattr(kernels.mk, "grouped_mlp", lambda x, *parameters: block(x))
+    op, (width,), _ = kernels.far_cases(1536)["grouped_mlp, fused"]
+    x = torch.empty(kernels.LAST, width, dtype=torch.bfloat16)
+    with assume(hardware(x.device)._replace(tuned={f"mlp_block, 16 bits, width {width}": None})):
+        assert block(x) is None and op(x, *[x] * 4) is not None
+
+
+def test_too_little_memory_is_no_fault_of_a_kernel(monkeypatch):
+    def out_of_memory(*args, **how):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(kernels.mk, "grouped_linear", out_of_memory)
+    with pytest.raises(pytest.skip.Exception, match="ran out of memory"):
+        kernels.check_far("grouped_linear", 3_000)
 
 
 def test_clips_far_away():
