@@ -65,8 +65,9 @@ def page(
     lines += ["### Not run here", "", *(f"- {name}: {reason}." for name, reason in cpu["missing"].items()), ""]
     for name, gpu in gpus.items():
         lines += [f"## On {gpu['device']}", "", conditions(gpu), "", *_host(gpu)]
-        lines += _gpu_picture(pictures, name, "speedup")
-        lines += [*_tables(gpu["results"]), *_gpu_picture(pictures, name, "floor"), *_not_measured(gpu["results"])]
+        drawn = {shown: _gpu_picture(pictures, name, shown) for shown in gpu_pictures(gpu)}
+        lines += [*drawn.get("speedup", []), *_tables(gpu["results"]), *drawn.get("floor", [])]
+        lines += _not_measured(gpu["results"])
     if not gpus:
         lines += ["## On a CUDA GPU", "", *_not_measured([]), "Single ops: not measured yet.", ""]
     return "\n".join(lines).rstrip() + "\n"
@@ -100,7 +101,15 @@ def overview(report: dict[str, Any], wanted: Overview) -> list[tuple[str, dict[s
     ]
 
 
+def gpu_pictures(gpu: dict[str, Any]) -> list[str]:
+    """Of GPU_PICTURES those that a run, which may have been stopped, has something to show in."""
+    ops = {r["mode"] in OPS for r in gpu["results"]}
+    return [name for name, of_ops in (("speedup", False), ("floor", True)) if of_ops in ops]
+
+
 def _on_gpu(gpu: dict[str, Any]) -> list[str]:
+    if not overview(gpu, GPU_OVERVIEW):
+        return []
     return [f"{machine(gpu)}; the same pools. `{gpu['command']}`:", "", _summary(gpu, GPU_OVERVIEW), ""]
 
 
@@ -138,8 +147,12 @@ def _not_measured(results: Sequence[dict[str, Any]]) -> list[str]:
 def _tables(results: Sequence[dict[str, Any]]) -> list[str]:
     lines: list[str] = []
     for mode, title in _SECTIONS.items():
-        lines += [f"### {title}", "", markdown([r for r in results if r["mode"] == mode]), ""]
-    return [*lines, "### Single ops", "", markdown([r for r in results if r["mode"] in OPS]), ""]
+        lines += _section(title, [r for r in results if r["mode"] == mode])
+    return [*lines, *_section("Single ops", [r for r in results if r["mode"] in OPS])]
+
+
+def _section(title: str, results: Sequence[dict[str, Any]]) -> list[str]:
+    return [f"### {title}", "", markdown(results), ""] if results else []
 
 
 def _where_time_goes(profiled: dict[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.page import OVERVIEW, overview
+from benchmarks.page import OVERVIEW, gpu_pictures, overview
 from benchmarks.tables import OPS, clips, meaning, speedup, title
 
 Value, Text = Callable[[dict[str, Any]], float], Callable[[dict[str, Any]], str]
@@ -42,7 +42,8 @@ def draw(cpu: dict[str, Any], sweeps: dict[str, Any], gpus: Mapping[str, dict[st
     }
     for name, gpu in gpus.items():
         on_gpu = f"{gpu['device']}, bfloat16, random weights; this library in green"
-        pictures |= {f"{name}-speedup.png": _speedups(gpu, on_gpu), f"{name}-floor.png": _floors(gpu, on_gpu)}
+        figures = {"speedup": _speedups, "floor": _floors}
+        pictures |= {f"{name}-{shown}.png": figures[shown](gpu, on_gpu) for shown in gpu_pictures(gpu)}
     paths = []
     for name, figure in pictures.items():
         figure.savefig(folder / name, dpi=110, facecolor="white", bbox_inches="tight")
@@ -108,7 +109,7 @@ def _title(figure: Figure, heading: str, where: str) -> None:
 
 def _bars(results: Sequence[dict[str, Any]], value: Value, text: Text, heading: str, where: str) -> Figure:
     """A group of bars a subject, a bar a provider."""
-    groups = [(subject, list(rows)) for subject, rows in groupby(results, key=title)]
+    groups = [(subject, list(rows)) for (subject, _), rows in groupby(results, key=lambda r: (title(r), r["baseline"]))]
     height = 0.32 * len(results) + 0.55 * len(groups) + 0.9
     figure = Figure(figsize=(10, height))
     axes = figure.add_axes((0.01, 0, 0.99, 1 - 0.7 / height))

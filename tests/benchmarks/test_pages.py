@@ -6,9 +6,9 @@ import pytest
 
 from benchmarks.__main__ import PAGE, PICTURES, README, RESULTS
 from benchmarks.page import page, readme
-from benchmarks.pictures import draw
+from benchmarks.pictures import _speedups, draw
 from benchmarks.results import load, on_gpus
-from benchmarks.tables import BEGIN, END, fill, rich_tables, speedup
+from benchmarks.tables import BEGIN, END, fill, rich_tables, speedup, title
 from tests.benchmarks.reports import BASELINES, report, result
 
 CPU = report(
@@ -83,6 +83,30 @@ def test_pictures(tmp_path):
         *("overview", "speedup", "memory", "floor", "sweeps", "some-gpu-speedup", "some-gpu-floor")
     }
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+def test_comparisons_of_one_workload_are_drawn_apart():
+    rows = [
+        result(provider, speedup, baseline=baseline)
+        for baseline in ("per_clip", "nf4_loop")
+        for provider, speedup in ((baseline, 1.0), ("packed", 5.0))
+    ]
+    (axes,) = _speedups(report(*rows), "somewhere").axes
+    shown = [text.get_text() for text in axes.texts]
+    assert shown.count(title(rows[0])) == 2
+
+
+@pytest.mark.parametrize("ops", [True, False], ids=["ops", "workloads"])
+def test_a_run_on_a_gpu_that_was_stopped(tmp_path, ops):
+    """Nothing is drawn, linked or announced of what it did not come to."""
+    gpu = report(*(r for r in CPU["results"] if (r["mode"] in ("forward", "backward")) == ops))
+    there, absent = ("floor", "speedup") if ops else ("speedup", "floor")
+    drawn = {path.stem for path in draw(CPU, SWEEPS, {"some-gpu": gpu}, tmp_path)}
+    on_gpu = page(CPU, SWEEPS, PROFILED, {"some-gpu": gpu}, "benchmarks").split("\n## On ")[-1]
+    for name, expected in ((f"some-gpu-{there}", True), (f"some-gpu-{absent}", False)):
+        assert (name in drawn) == (f"{name}.png" in on_gpu) == expected
+    assert ("### Single ops" in on_gpu) == ops and ("### Training the pool" in on_gpu) != ops
+    assert "the same pools" not in readme(CPU, PROFILED, {"some-gpu": gpu}, "docs/benchmarks")
 
 
 def test_only_what_is_between_the_markers_changes(tmp_path):
