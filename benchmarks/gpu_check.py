@@ -121,7 +121,7 @@ def _summarize(out: Path) -> str:
         lines += [conditions(report), "", markdown(report["results"]), ""]
         lines += [f"- not measured: {name}: {said}" for name, said in report.get("failed", {}).items()] + [""]
     for title, name, telling in (
-        ("Kernels", "table.txt", r"^\w+: (?!right)|broke off"),
+        ("Kernels", "table.txt", r"^\w+: (?!right)| failed: |broke off"),
         ("Tests", "tests.txt", r"^FAILED|^ERROR|^SKIPPED|^stopped"),
         ("Suite", "suite.txt", r"left out|Error|^stopped"),
     ):

@@ -102,7 +102,12 @@ def measure(
                     print("time is up: the settings not tried yet stay as they are")
                     break
                 name = f"{tuning.name}, {tuning.key}"
-                chosen, fastest, plain = search.best(tuning, timer, deadline)
+                try:
+                    chosen, fastest, plain = search.best(tuning, timer, deadline)
+                except Exception as error:  # at this size even as it is: more shared memory than there is, say
+                    print(f"{name} failed: {_shortly(error)}", flush=True)
+                    wrong = True
+                    continue
                 said = "stays as it is" if chosen is search.UNCHANGED else f"{fastest:.3f} ms with {chosen}"
                 print(f"{name}: {plain:.3f} ms, {said}", flush=True)
                 if chosen is not search.UNCHANGED:
@@ -113,7 +118,7 @@ def measure(
                 for choice in search.attention_choices(device, timer, rows or search.ROWS):
                     print(choice, flush=True)
                     choices.append(choice)
-            table = kept()
+                    table = kept()
     except Exception as error:  # after an access out of bounds nothing in this process reaches the device any more
         print(f"the search for settings broke off: {_shortly(error)}", flush=True)
         wrong = True

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from mowe_kernels.tables import AttentionChoice
 from mowe_kernels.triton import _launch, grouped_linear, varlen_attention
 from mowe_kernels.triton._launch import Tuning, setting
 from mowe_kernels.tune import __main__ as tune
@@ -195,6 +196,33 @@ def test_what_was_found_stays_where_the_search_breaks_off(monkeypatch, two_ops, 
     table, wrong = tune.measure(CPU, None, 10.0, TINY, 8, (torch.float32,), keep=kept.append)
     assert wrong and "broke off: RuntimeError: illegal memory access" in capsys.readouterr().out
     assert kept == [table] and table.ops == ("sequence_mean", "pack_plan")
+
+
+def test_a_setting_that_cannot_be_tried_takes_no_other_with_it(monkeypatch, two_ops, capsys):
+    def fail():
+        raise RuntimeError("out of resource")
+
+    tried = [Tuning("broken", "key", (2,), fail), Tuning("thing", "key", (2,), partial(torch.ones, 3))]
+    monkeypatch.setattr(search, "tunings", lambda *args: tried)
+    table, wrong = tune.measure(CPU, lambda call: 2.0 / setting("thing", 1), 10.0, TINY, 8, (torch.float32,))
+    assert wrong and "broken, key failed: RuntimeError: out of resource" in capsys.readouterr().out
+    assert table.settings == {"thing, key": 2}
+
+
+def test_who_was_fastest_stays_where_others_were_not_tried(monkeypatch, two_ops):
+    first = AttentionChoice(64, 256, False, "kernel", "kernel")
+
+    def choices(*args):
+        yield first
+        raise RuntimeError("illegal memory access")
+
+    some = {"varlen_attention": cases(TINY, CPU)["varlen_attention"]}
+    monkeypatch.setattr(tune, "cases", lambda size, device: some)
+    monkeypatch.setattr(search, "tunings", lambda *args: [])
+    monkeypatch.setattr(search, "attention_choices", choices)
+    kept = []
+    table, wrong = tune.measure(CPU, None, 10.0, TINY, 8, (torch.float32,), keep=kept.append)
+    assert wrong and kept[-1] == table and table.attention == (first,)
 
 
 ANSWERS = {
