@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import floors
 from benchmarks.floors import pair_flops
 from benchmarks.workloads import Workload, hubert_base, whisper_tiny
 from mowe import EncoderPool
@@ -52,6 +53,17 @@ def test_floor_counts_what_torch_counts(make):
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         encoder(given)
     assert pair_flops(encoder, seconds, context) == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_limits_of_a_gpu_are_timed_on_the_gpu(monkeypatch):
+    """As the ops are that are compared with them; here its tensors lie on the CPU."""
+    randn, empty = torch.randn, torch.empty
+    monkeypatch.setattr(torch, "randn", lambda *shape, device, dtype: randn(*shape))
+    monkeypatch.setattr(torch, "empty", lambda *shape, device, dtype: empty(*shape))
+    monkeypatch.setattr(floors, "_SIZE", {"cuda": 8})
+    monkeypatch.setattr(floors, "_BYTES", 64)
+    monkeypatch.setattr(floors, "DeviceClock", lambda: lambda run: 2.0)
+    assert floors.Roofs.measure("cuda", "bfloat16") == floors.Roofs(2 * 8**3 / 2.0, 2 * 64 / 2.0)
 
 
 def test_the_packed_pool_runs_a_workload():
