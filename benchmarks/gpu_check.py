@@ -44,6 +44,8 @@ def main(out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the
         typer.echo("error: no CUDA device: there is nothing to check here", err=True)
         raise typer.Exit(2)
     out.mkdir(parents=True, exist_ok=True)
+    for name in ("gpu.json", "table.txt", "tests.txt", "suite.txt"):
+        (out / name).unlink(missing_ok=True)  # of an earlier check, which the summary would take for this one's
     started, results = time.monotonic(), (out / "gpu.json").resolve()
     # The suite then runs with the kernels that were found right, and as they were found fastest.
     search = ["--minutes", str(_MINUTES_OF_TABLE - 0.5)]

@@ -49,6 +49,8 @@ def test_steps_and_summary(monkeypatch, tmp_path, capsys, failing):
         return code
 
     monkeypatch.setattr(gpu_check, "_run", run)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "gpu.json").touch()  # of an earlier check
     with pytest.raises(typer.Exit) as stopped:
         gpu_check.main(tmp_path / "out")
     assert stopped.value.exit_code == int(failing is not None)
