@@ -49,12 +49,16 @@ def run(
     provider: Annotated[
         list[str] | None, typer.Option(help="Only this one and the baselines; may be given several times.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(dir_okay=False, help="Results file, JSON.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Results file, JSON; a whole suite has one of its own.")
+    ] = None,
 ) -> None:
     """Measure a suite on this machine."""
     whole = not (workload or provider)
     try:
         comparisons = select(suite, workload or (), provider or ())
+        if not (whole or output):
+            raise ValueError(f"a part of suite {suite} does not take the place of its results: give it an --output")
         torch.set_num_threads(threads)
         device, dtype = comparisons[0].device, comparisons[0].dtype
         if device == "cuda" and not torch.cuda.is_available():

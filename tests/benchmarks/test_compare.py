@@ -50,6 +50,7 @@ def test_command(tmp_path, now, code):
         (["run", "--workload", "x"], "unknown workload 'x'"),
         (["run", "--provider", "x"], "unknown provider 'x'"),
         (["run", "--suite", "sweeps", "--provider", "naive"], "nothing of suite sweeps is left"),
+        (["run", "--suite", "sweeps", "--workload", "tiny8/1s/4"], "a part of suite sweeps does not take the place"),
         (["compare", "nope.json", "nope.json"], "nope.json: No such file or directory"),
         (["compare", "text", "text"], "text: expected a results file, JSON"),
         (["compare", "older", "older"], "older: expected results of schema 3, got 1"),
