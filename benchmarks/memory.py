@@ -27,7 +27,7 @@ def peak_memory(wanted: Sequence[tuple[Workload, str]], threads: int) -> list[di
     command = [sys.executable, "-m", "benchmarks.memory", json.dumps(named), str(threads)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout)
+    return json.loads(next(line for line in reversed(done.stdout.split("\n")) if line.startswith("[")))
 
 
 def _resident(field: str) -> int:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import WhisperFeatureExtractor
 
-from benchmarks import workloads
+from benchmarks import memory, workloads
 from benchmarks.catalogue import ALL
 from benchmarks.clock import DeviceClock
 from benchmarks.floors import Roofs, base_flops, pool_flops, projector_flops
@@ -135,6 +135,13 @@ def test_the_device_is_timed_while_nothing_is_left_to_ask_of_it(monkeypatch, hos
 def test_peak_memory():
     (peak,) = peak_memory([(Workload.named("tiny1/1s/1"), "packed")], 1)
     assert peak is None or peak["before"] < peak["peak"]
+
+
+def test_what_a_library_says_beside_peak_memory(monkeypatch):
+    said = SimpleNamespace(stdout='a library greets\n[{"before": 1, "peak": 2}]\nand parts\n')
+    monkeypatch.setattr(memory.subprocess, "run", lambda *args, **how: said)
+    monkeypatch.setattr(memory.Path, "exists", lambda self: True)
+    assert peak_memory([(Workload.named("tiny1/1s/1"), "packed")], 1) == [{"before": 1, "peak": 2}]
 
 
 def test_parts_of_a_mixture():
