@@ -96,7 +96,7 @@ class FrameBatches(Sampler[list[int]]):
         return self._even(batches)
 
     def _even(self, batches: list[list[int]]) -> list[list[int]]:
-        """Every process has as many; where there are fewer clips than processes, some come twice."""
+        """Every process has as many; where batches of one clip are still too few, some come again at the end."""
         while len(batches) % self.multiple_of:
             largest = max(range(len(batches)), key=lambda i: len(batches[i]))
             clips = batches[largest]

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from mowe.data import Example
@@ -94,6 +94,28 @@ class MoweTrainer(Trainer):
         if not model.training and outputs.aux_loss is not None:
             loss = loss - outputs.aux_loss  # what models of other routers can be compared by
         return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The mean loss over the predicted tokens of a set, however it is cut; the Trainer's is one over batches."""
+        examples, processes = len(dataloader.dataset), self.accelerator.num_processes  # type: ignore[arg-type]
+        sums = torch.zeros(2, device=self.args.device)
+        self.model.eval()
+        for number, batch in enumerate(dataloader):
+            tokens = (batch["labels"][:, 1:] != -100).sum()
+            loss = self.compute_loss(self.model, self._prepare_inputs(batch))
+            # Only where each batch is of one clip do some come again, after all the others; they count once.
+            if number * processes + self.accelerator.process_index < examples:
+                sums += torch.stack([loss * tokens, tokens])
+        total, predicted = self.accelerator.reduce(sums, "sum").tolist()
+        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": total / predicted}, examples)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         for name, value in logs.items():

@@ -84,6 +84,11 @@ def runs(
     """
     folder = tmp_path_factory.mktemp("runs")
     found = {name: folder / name for name in ("one", "copies", "shards", "copies again", "shards again")}
+    odd = folder / "odd.jsonl"  # in batches of one clip, one process of two has a clip again
+    lines = [
+        {"audio": str(tones / f"valid{i}.wav"), "task": "odd", "prompt": "?", "answer": "x" * 4**i} for i in range(3)
+    ]
+    odd.write_text("".join(json.dumps(line) + "\n" for line in lines))
     everything = {"audio_tower": True, "pool": True, "language_model": request.param}
     steady = {"learning_rate": 1e-3, "warmup": 0.0, "schedule": "constant"}
     config = {
@@ -91,7 +96,7 @@ def runs(
         "output": str(found["one"]),
         "data": {
             "train": [{"manifest": str(tones / "train.jsonl")}],
-            "validation": [str(tones / "valid.jsonl")],
+            "validation": [str(tones / "valid.jsonl"), str(odd)],
             "batch_clips": 1,
             "workers": 0,
         },
@@ -123,7 +128,8 @@ def test_clips_choose_apart(runs: dict[str, Path]) -> None:
 def test_two_processes_learn_what_one_learns(runs: dict[str, Path], split_model: Path, name: str) -> None:
     got, one = runs[name], runs["one"]
     assert read_lines(got / "routing.jsonl") == read_lines(one / "routing.jsonl")
-    for columns in (("loss", "grad_norm", "router/dependent_entropy"), ("eval_any_loss",), ("eval_low_loss",)):
+    validation = [(f"eval_{task}_loss",) for task in ("any", "low", "odd")]
+    for columns in (("loss", "grad_norm", "router/dependent_entropy"), *validation):
         assert_same(logged(got, *columns).T, logged(one, *columns).T, 1e-4)
     expected, before = (load_file(path / "model.safetensors") for path in (one / "model", split_model))
     for key, value in load_file(got / "model" / "model.safetensors").items():

@@ -14,6 +14,7 @@ from matplotlib.image import imread
 from safetensors.torch import load_file
 
 from mowe import EncoderPool, MoweForConditionalGeneration
+from mowe.data import read_manifest
 from mowe.errors import AudioError, CheckpointError, ConfigError, DataError
 from mowe.losses import RouterLogits, router_loss_terms
 from mowe.training import TrainConfig, train
@@ -65,8 +66,6 @@ def test_meter_sums_up_entropies_terms_and_choices_by_task() -> None:
 
 
 def test_collator_makes_what_the_processor_makes_and_tells_the_tasks(tones: Path) -> None:
-    from mowe.data import read_manifest
-
     examples = read_manifest(tones / "train.jsonl")[:3]
     processor = processor_of(tiny_model())
     inputs = Collator(processor, ["any", "high", "low"])(examples)
@@ -152,6 +151,36 @@ def test_a_stage_shorter_than_an_entry_of_the_log_has_one(settings: Callable[...
         (run / name).unlink()
     train(config, resume=True)  # of a run that has no entry there is no picture
     assert not (run / "routing.png").exists()
+
+
+def test_validation_loss_is_the_mean_over_tokens_however_batches_are_cut(
+    settings: Callable[..., TrainConfig], tones: Path, tmp_path: Path
+) -> None:
+    """Answers of 2 to 9 tokens, the last one ends them; what the loss should be is counted from the saved model."""
+    answers = ["x", "yesterday", "abc", "abcdefgh", "y"]
+    lines = [
+        {"audio": str(tones / f"train{i}.wav"), "task": "any", "prompt": "?", "answer": answer}
+        for i, answer in enumerate(answers)
+    ]
+    manifest = tmp_path / "uneven.jsonl"
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    stages = [{"steps": 1, "learning_rate": 1e-12}]
+    got = []
+    for clips in (1, 2, 5):
+        data = {"validation": [str(manifest)], "batch_clips": clips}
+        done = train(settings(data=data, stages=stages, output=str(tmp_path / str(clips))))
+        got.append(done.stages[0]["eval_any_loss"])
+    model = MoweForConditionalGeneration.from_pretrained(tones / "model").eval()
+    total, tokens = 0.0, 0
+    for example in read_manifest(manifest):
+        inputs = Collator(processor_of(model), ["any"])([example])
+        wanted = inputs["labels"][0, 1:]
+        with torch.no_grad():
+            logits = model(**{name: inputs[name] for name in inputs.keys() - {"task_ids", "labels"}}).logits[0, :-1]
+        total += torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").item()
+        tokens += int((wanted != -100).sum())
+    assert tokens == sum(len(answer) + 1 for answer in answers)
+    assert got == pytest.approx([total / tokens] * 3, rel=1e-5)
 
 
 @pytest.mark.parametrize(
