@@ -7,6 +7,7 @@ import difflib
 import os
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field
+from enum import Enum
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -184,13 +185,14 @@ class TrainConfig:
             raise ConfigError(
                 "fsdp: the encoders of the pool are sharded together, trainable.pool must be true or false"
             )
+        _check_schedule(self.stages, self.trainer.get("lr_scheduler_kwargs") or {})
         known = _trainer_fields()
-        for name in self.trainer:
+        for name, value in self.trainer.items():
             if name in _OURS:
                 raise ConfigError(f"trainer.{name}: is set by {_OURS[name]}")
             if name not in known:
                 raise ConfigError(f"trainer.{name}: no field of TrainingArguments{_suggest(name, known)}")
-        _check_schedule(self.stages, self.trainer.get("lr_scheduler_kwargs") or {})
+            self.trainer[name] = as_config(known[name], value, f"trainer.{name}")
 
 
 _OURS = {
@@ -201,11 +203,13 @@ _OURS = {
     "weight_decay": "weight_decay", "max_grad_norm": "max_grad_norm", "logging_steps": "log_every",
     "save_steps": "save_every", "save_strategy": "save_every", "save_total_limit": "keep",
     "eval_steps": "evaluate_every", "eval_strategy": "evaluate_every", "report_to": "tensorboard", "fsdp": "fsdp",
-    "dataloader_num_workers": "data.workers", "load_best_model_at_end": "keep", "push_to_hub": "output",
+    "dataloader_num_workers": "data.workers", "load_best_model_at_end": "keep", "metric_for_best_model": "keep",
+    "greater_is_better": "keep", "push_to_hub": "output",
     **dict.fromkeys(
         ("prediction_loss_only", "remove_unused_columns", "accelerator_config", "disable_tqdm", "use_cpu",
          "fsdp_config", "ddp_find_unused_parameters", "ddp_broadcast_buffers", "logging_nan_inf_filter",
-         "save_only_model"),
+         "save_only_model", "label_smoothing_factor", "average_tokens_across_devices", "use_liger_kernel",
+         "parallelism_config", "deepspeed"),
         "training here",
     ),
 }  # fmt: skip
@@ -251,7 +255,7 @@ def as_config(kind: Any, value: Any, name: str = "") -> Any:
         return [as_config(inner[0], item, f"{name}.{i}") for i, item in enumerate(value)]
     if origin is dict and isinstance(value, dict):
         return {str(key): as_config(inner[1], item, f"{name}.{key}") for key, item in value.items()}
-    if kind is Any or (kind in (bool, str) and isinstance(value, kind)):
+    if kind is Any or (kind in (bool, str, dict) and isinstance(value, kind)):
         return value
     if kind in (int, float):
         number = _as_number(kind, value)
@@ -295,7 +299,7 @@ def _as_one_of(kinds: Sequence[Any], value: Any, name: str) -> Any:
             return as_config(kind, value, name)
         except ConfigError:
             continue
-    raise ConfigError(f"{name}: expected {' or '.join(map(_said, kinds))}, got {value!r}")
+    raise ConfigError(f"{name}: expected {' or '.join(dict.fromkeys(map(_said, kinds)))}, got {value!r}")
 
 
 def _as_number(kind: type, value: Any) -> Any:
@@ -348,6 +352,8 @@ def _said(kind: Any) -> str:
     if dataclasses.is_dataclass(kind):
         return "fields and values"
     origin = get_origin(kind)
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return "a text"
     named = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list"}
     return named.get(origin or kind, "fields and values")
 
@@ -384,7 +390,9 @@ def _check_schedule(stages: Sequence[StageConfig], settings: Any) -> None:
 
 
 @cache
-def _trainer_fields() -> tuple[str, ...]:
+def _trainer_fields() -> dict[str, Any]:
+    """Names and types."""
     from transformers import TrainingArguments
 
-    return tuple(f.name for f in dataclasses.fields(TrainingArguments))
+    hints = get_type_hints(TrainingArguments)
+    return {f.name: hints[f.name] for f in dataclasses.fields(TrainingArguments)}

@@ -43,7 +43,7 @@ from mowe.training.parts import Parts, parts_in_4_bits
 from mowe.training.picture import training_picture
 from mowe.training.routing import RoutingMeter
 from mowe.training.saving import whole
-from mowe.training.trainer import MoweTrainer
+from mowe.training.trainer import MoweTrainer, trainer_settings
 
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
 _FREE_TO_CHANGE = ("log_every", "save_every", "evaluate_every", "keep", "tensorboard", "output")
@@ -211,7 +211,14 @@ class _Run:
         )
         steps = stage.steps or max(1, round(make_batches().batches_in(stage.epochs or 0) / per_step))
         batches = make_batches(num_batches=steps * per_step)
-        arguments = _training_arguments(
+        with trainer_settings():
+            arguments = self._training_arguments(number, steps)
+            MoweTrainer.get_optimizer_cls_and_kwargs(arguments, self.model)  # before anything is written
+        return arguments, batches
+
+    def _training_arguments(self, number: int, steps: int) -> TrainingArguments:
+        config, stage = self.config, self.config.stages[number]
+        arguments = TrainingArguments(
             output_dir=str(self._folder(number)),
             max_steps=steps,
             learning_rate=stage.learning_rate,
@@ -241,7 +248,7 @@ class _Run:
         )
         if config.fsdp and arguments.use_cpu:  # accelerate would not shard; torch does, on GPUs or not
             arguments.distributed_state.distributed_type = DistributedType.MULTI_GPU
-        return arguments, batches
+        return arguments
 
     def _frames(self, examples: Sequence[Example]) -> list[int]:
         extractor = self.processor.feature_extractor
@@ -318,13 +325,6 @@ def _from_parts(parts: PartsConfig) -> tuple[MoweForConditionalGeneration, MoweP
         **parts.settings,
     )
     return model, MoweProcessor(MoweFeatureExtractor.from_config(model.config), tokenizer, audio_token=_AUDIO_TOKEN)
-
-
-def _training_arguments(**settings: Any) -> TrainingArguments:
-    try:
-        return TrainingArguments(**settings)
-    except (ImportError, TypeError, ValueError) as error:
-        raise ConfigError(f"trainer: {' '.join(str(error).split())}") from None
 
 
 def _world(config: TrainConfig) -> PartialState:

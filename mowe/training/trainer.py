@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,15 @@ from mowe.training.saving import replace, unfinished_name, writing
 
 _MEANINGLESS = ("train_samples_per_second", "total_flos")
 """What the Trainer logs from a number of clips in a batch and of tokens, which here are not what it takes them for."""
+
+
+@contextmanager
+def trainer_settings() -> Iterator[None]:
+    """Make one line of what transformers and torch raise for settings under `trainer` that they cannot use."""
+    try:
+        yield
+    except (ImportError, TypeError, ValueError) as error:
+        raise ConfigError(f"trainer: {' '.join(str(error).split())}") from None
 
 
 class MoweTrainer(Trainer):
@@ -69,7 +79,8 @@ class MoweTrainer(Trainer):
         return self.accelerator.prepare(loader)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        optimizer = super().create_optimizer(model)
+        with trainer_settings():
+            optimizer = super().create_optimizer(model)
         optimizer.register_step_pre_hook(lambda *_: self.parts.before_step())
         optimizer.register_step_post_hook(lambda *_: self.parts.after_step())
         return optimizer

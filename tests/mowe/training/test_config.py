@@ -94,6 +94,11 @@ def test_every_field_can_be_overridden(file: Path) -> None:
         ("trainer.learning_rate=1", "trainer.learning_rate: is set by stages"),
         ("trainer.use_cpu=true", "trainer.use_cpu: is set by training here"),
         ("trainer.save_only_model=true", "trainer.save_only_model: is set by training here"),
+        ("trainer.label_smoothing_factor=0.1", "trainer.label_smoothing_factor: is set by training here"),
+        ("trainer.metric_for_best_model=loss", "trainer.metric_for_best_model: is set by keep"),
+        ("trainer.adam_beta1=x", "trainer.adam_beta1: expected a number, got 'x'"),
+        ("trainer.logging_first_step=maybe", "trainer.logging_first_step: expected true or false, got 'maybe'"),
+        ("trainer.logging_strategy=no", "trainer.logging_strategy: expected a text, got False"),
         ("trainer.lr_scheduler_kwargs.foo=1", "trainer.lr_scheduler_kwargs.foo: unknown field; known: num_cycles"),
         ("trainer.lr_scheduler_kwargs.num_cycles=x", "trainer.lr_scheduler_kwargs.num_cycles: expected a number, got"),
         ("trainer.lr_scheduler_kwargs=1", "trainer.lr_scheduler_kwargs: expected fields and values, got 1"),
@@ -104,6 +109,14 @@ def test_every_field_can_be_overridden(file: Path) -> None:
 )
 def test_bad_fields(file: Path, override: str, message: str) -> None:
     assert fails(file, override).startswith(message)
+
+
+def test_fields_of_the_trainer_have_its_types(file: Path) -> None:
+    """YAML takes 1e-8 for a text."""
+    overrides = ["adam_epsilon=1e-8", "neftune_noise_alpha=5", "gradient_checkpointing_kwargs={use_reentrant: false}"]
+    config = read_config(file, [f"trainer.{override}" for override in overrides])
+    assert config.trainer["adam_epsilon"] == 1e-8 and config.trainer["neftune_noise_alpha"] == 5.0
+    assert config.trainer["gradient_checkpointing_kwargs"] == {"use_reentrant": False}
 
 
 def test_cycles_are_those_of_cosine(file: Path) -> None:

@@ -197,6 +197,7 @@ def test_validation_loss_is_the_mean_over_tokens_however_batches_are_cut(
         ),
         ({"fsdp": True}, ConfigError, "fsdp: needs several processes"),
         ({"trainer": {"optim": "adamx"}}, ConfigError, "trainer: adamx is not a valid"),
+        ({"trainer": {"optim": "galore_adamw"}}, ConfigError, "trainer: You need to install `galore_torch`"),
     ],
 )
 def test_what_cannot_be_is_told_before_anything_is_written(
@@ -205,6 +206,11 @@ def test_what_cannot_be_is_told_before_anything_is_written(
     with pytest.raises(error, match=message):
         train(settings(**fields))
     assert not (tmp_path / "run").exists()
+
+
+def test_settings_that_the_optimiser_refuses_end_with_one_line(settings: Callable[..., TrainConfig]) -> None:
+    with pytest.raises(ConfigError, match=r"^trainer: Invalid beta parameter at index 0: 2\.0$"):
+        train(settings(trainer={"adam_beta1": 2}))
 
 
 def test_a_prompt_with_the_token_of_the_audio_is_told_by_line(
