@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from mowe.errors import CheckpointError
+from mowe.checkpoint import reading
+from mowe.errors import CheckpointError, naming
 from mowe.files import write_text
 from mowe.training.routing import KINDS, RoutingMeter
 
@@ -59,8 +60,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The entries of a log; none where there is no file. A last line that a kill cut off is left out."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines]
+    with naming(f"{path}"), reading("the log"):
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def _as_line(entry: dict[str, Any]) -> str:

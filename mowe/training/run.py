@@ -25,6 +25,7 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations import is_tensorboard_available
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -42,7 +43,7 @@ from mowe.training.log import RunLog, read_lines
 from mowe.training.parts import Parts, parts_in_4_bits
 from mowe.training.picture import training_picture
 from mowe.training.routing import RoutingMeter
-from mowe.training.saving import whole
+from mowe.training.saving import reading_checkpoint, whole
 from mowe.training.trainer import MoweTrainer, trainer_settings
 
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
@@ -262,7 +263,8 @@ class _Run:
         for number in reversed(range(len(self.config.stages))):
             checkpoint = get_last_checkpoint(self._folder(number)) if self._folder(number).is_dir() else None
             if checkpoint is not None:
-                state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+                with reading_checkpoint(checkpoint):
+                    state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
                 if state.global_step < state.max_steps:
                     return number, checkpoint
                 self._load_trained(checkpoint)
@@ -270,7 +272,9 @@ class _Run:
         return 0, None
 
     def _load_trained(self, checkpoint: str) -> None:
-        self.model.load_state_dict(load_file(Path(checkpoint, SAFE_WEIGHTS_NAME)), strict=False)
+        with reading_checkpoint(checkpoint):
+            trained = load_file(Path(checkpoint, SAFE_WEIGHTS_NAME))
+        self.model.load_state_dict(trained, strict=False)
 
     def _save(self, folder: Path) -> None:
         """The model as it is stored, and in it what the last checkpoint holds."""
@@ -368,7 +372,9 @@ def _check_output(config: TrainConfig, resume: bool) -> None:
     stored = output / _CONFIG
     if not stored.exists():
         raise ConfigError(f"output: {output} has no run to go on with; begin one without --resume")
-    before, now = json.loads(stored.read_text(encoding="utf-8")), _flat(asdict(config))
+    with naming(f"{stored}"), reading("the configuration of the run"):
+        before = dict(json.loads(stored.read_text(encoding="utf-8")))
+    now = _flat(asdict(config))
     defaults = {f.name: f.default for f in fields(config)}  # of fields that are newer than that run
     for name in sorted(before.keys() | now.keys()):
         was, is_now = before.get(name, defaults.get(name)), now.get(name)

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, whatever happens while they are written."""
+"""Folders that appear whole or not at all, whatever happens while they are written; and how they are read again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from mowe.errors import CheckpointError
+from mowe.checkpoint import reading
+from mowe.errors import CheckpointError, naming
 
 
 @contextmanager
@@ -58,3 +59,10 @@ def writing(folder: Path) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         told = " ".join(str(error).split())
         raise CheckpointError(f"{folder}: cannot be saved: {told}; what was saved before is whole") from error
+
+
+@contextmanager
+def reading_checkpoint(folder: str | None) -> Iterator[None]:
+    """Make one line that names the folder of whatever is raised for a file in it that is missing or damaged."""
+    with naming(f"{folder}"), reading("the checkpoint"):
+        yield

@@ -25,7 +25,7 @@ from mowe.errors import ConfigError
 from mowe.training.data import FrameBatches
 from mowe.training.parts import Parts
 from mowe.training.routing import RoutingMeter
-from mowe.training.saving import replace, unfinished_name, writing
+from mowe.training.saving import reading_checkpoint, replace, unfinished_name, writing
 
 _MEANINGLESS = ("train_samples_per_second", "total_flos")
 """What the Trainer logs from a number of clips in a batch and of tokens, which here are not what it takes them for."""
@@ -174,14 +174,20 @@ class MoweTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """By way of the CPU: the Trainer loads onto its device, which is "cpu:0" for one of several processes."""
-        if checkpoint is None or self.is_fsdp_enabled:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        for part, name in ((self.optimizer, OPTIMIZER_NAME), (self.lr_scheduler, SCHEDULER_NAME)):
-            part.load_state_dict(torch.load(Path(checkpoint, name), map_location="cpu", weights_only=True))
+        with reading_checkpoint(checkpoint):
+            if checkpoint is None or self.is_fsdp_enabled:
+                super()._load_optimizer_and_scheduler(checkpoint)
+                return
+            for part, name in ((self.optimizer, OPTIMIZER_NAME), (self.lr_scheduler, SCHEDULER_NAME)):
+                part.load_state_dict(torch.load(Path(checkpoint, name), map_location="cpu", weights_only=True))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading_checkpoint(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        trained: dict[str, Any] = load_file(Path(resume_from_checkpoint, SAFE_WEIGHTS_NAME))
+        with reading_checkpoint(resume_from_checkpoint):
+            trained: dict[str, Any] = load_file(Path(resume_from_checkpoint, SAFE_WEIGHTS_NAME))
         options = StateDictOptions(full_state_dict=True, strict=False)
         set_model_state_dict(model or self.model, trained, options=options)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,6 +119,29 @@ def test_another_configuration_does_not_go_on(settings: Callable[..., TrainConfi
     ):
         train(settings(stages=[{"steps": 1, "learning_rate": 1e-3}]), resume=True)
     train(settings(stages=[{"steps": 1}], log_every=7), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("config.json", "run/config.json: cannot read the configuration of the run: "),
+        ("log.jsonl", "run/log.jsonl: cannot read the log: "),
+        *(
+            (f"stage-0/checkpoint-1/{name}", "run/stage-0/checkpoint-1: cannot read the checkpoint: ")
+            for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+        ),
+    ],
+)
+def test_what_is_damaged_is_told_in_one_line(
+    settings: Callable[..., TrainConfig], tmp_path: Path, name: str, told: str
+) -> None:
+    config, run = settings(stages=[{"steps": 2}], save_every=1), tmp_path / "run"
+    train(config)
+    shutil.rmtree(run / "stage-0" / "checkpoint-2")
+    (run / name).write_bytes((run / name).read_bytes()[:20] + b"\n")
+    with pytest.raises(CheckpointError, match=f"^{tmp_path}/{told}") as error:
+        train(config, resume=True)
+    assert "\n" not in str(error.value)
 
 
 def test_a_field_that_is_newer_than_a_run_had_its_default(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
