@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                yield number, json.loads(line.decode("utf-8"))
+                yield number, json.loads(line.decode("utf-8-sig"))  # Windows puts a mark before the first line
             except (ValueError, RecursionError) as error:
                 yield number, f"not JSON in UTF-8 ({error})"
 
@@ -188,6 +189,15 @@ def _dataset_rows(path: Path) -> Iterator[tuple[int, Any]]:
         yield index + 1, {"audio": StoredAudio(stored, index), **row}
 
 
+@contextmanager
+def _whole_characters(name: str) -> Iterator[None]:
+    """Make a DataError of an escape such as \\ud83d without its other half: JSON allows it, nothing can encode it."""
+    try:
+        yield
+    except UnicodeEncodeError as error:
+        raise DataError(f"{name} holds half of a character, {error.object[error.start]!r}") from None
+
+
 def _as_example(row: Any, line: int, manifest: Path, tasks: Collection[str] | None) -> Example:
     """Raises DataError, not naming the line, for a row that cannot be an example."""
     if isinstance(row, str):
@@ -200,8 +210,12 @@ def _as_example(row: Any, line: int, manifest: Path, tasks: Collection[str] | No
     for name in _TEXTS:
         if not isinstance(row[name], str):
             raise DataError(f"{name} must be a text, got {row[name]!r}")
+        with _whole_characters(name):
+            row[name].encode()
     audio = row["audio"]
     if isinstance(audio, str) and audio:
+        with _whole_characters("audio"):
+            os.fsencode(audio)
         audio = (manifest if manifest.is_dir() else manifest.parent) / audio
     elif not isinstance(audio, StoredAudio):
         raise DataError(f"audio must be a path, got {audio!r}")

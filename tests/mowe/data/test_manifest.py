@@ -61,6 +61,12 @@ def test_absolute_paths(folder: Path) -> None:
     assert read_manifest(path)[0].samples == 16_000
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_line(folder: Path) -> None:
+    path = write(folder / "m.jsonl", ROWS)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert [example.answer for example in read_manifest(path)] == ["red", "Türkçe"]
+
+
 def test_a_short_clip_counts_as_it_is_encoded(folder: Path) -> None:
     with pytest.warns(UserWarning, match="under 25 ms"):
         assert read_manifest(write(folder / "m.jsonl", [{**ROWS[0], "audio": "short.wav"}]))[0].samples == 16_000
@@ -111,6 +117,8 @@ def bad(folder: Path) -> list[Any]:
         b"{not json",
         b"\xff\xfe",
         ["a", "list"],
+        {**good, "answer": "half \ud83d"},
+        {**good, "audio": "\ud83d.wav"},
     ]
 
 
@@ -128,14 +136,16 @@ EXPECTED = {
     12: "not JSON",
     13: "not JSON in UTF-8",
     14: "expected an object, got list",
+    15: "answer holds half of a character, '\\ud83d'",
+    16: "audio holds half of a character, '\\ud83d'",
 }
 
 
 def test_bad_lines_are_told_together(folder: Path, bad: list[Any]) -> None:
     message = fails(write(folder / "m.jsonl", bad), tasks=("language", "asr"))
-    assert message.startswith("13 bad of 14 lines: line 2: ")
+    assert message.startswith("15 bad of 16 lines: line 2: ")
     assert all(f"line {line}: " in message for line in range(2, 7)) and "line 7" not in message
-    assert message.endswith("; and 8 more")
+    assert message.endswith("; and 10 more")
 
 
 def test_skipped_lines_are_counted_and_told(folder: Path, bad: list[Any]) -> None:
