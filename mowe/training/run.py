@@ -249,6 +249,7 @@ class _Run:
         )
         if config.fsdp and arguments.use_cpu:  # accelerate would not shard; torch does, on GPUs or not
             arguments.distributed_state.distributed_type = DistributedType.MULTI_GPU
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # or DataParallel cuts batches over all there are, row by row
         return arguments
 
     def _frames(self, examples: Sequence[Example]) -> list[int]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from accelerate import PartialState
 from matplotlib.image import imread
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from mowe import EncoderPool, MoweForConditionalGeneration
 from mowe.data import read_manifest
@@ -252,6 +255,20 @@ def test_a_single_step_learns(settings: Callable[..., TrainConfig], tones: Path)
     done = train(settings(stages=[{"steps": 1}]))
     before, after = (load_file(path / "model.safetensors") for path in (tones / "model", done.model))
     assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_one_process_trains_on_one_of_several_gpus(
+    settings: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def two_gpus(arguments: TrainingArguments) -> torch.device:
+        arguments._n_gpu, arguments.distributed_state = 2, PartialState()
+        return torch.device("cpu")
+
+    expected = train(settings(stages=[{"steps": 1}])).stages[0]["loss"]
+    devices = cached_property(two_gpus)
+    devices.__set_name__(TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", devices)
+    assert train(settings(stages=[{"steps": 1}], output=str(tmp_path / "other"))).stages[0]["loss"] == expected
 
 
 @pytest.mark.parametrize(
