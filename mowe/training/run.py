@@ -47,7 +47,7 @@ from mowe.training.saving import reading_checkpoint, whole
 from mowe.training.trainer import MoweTrainer, trainer_settings
 
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
-_FREE_TO_CHANGE = ("log_every", "save_every", "evaluate_every", "keep", "tensorboard", "output")
+_FREE_TO_CHANGE = ("log_every", "save_every", "evaluate_every", "keep", "tensorboard", "output", "data.workers")
 """What a resumed run may have otherwise than the run before."""
 _CONFIG = "config.json"
 _AUDIO_TOKEN = "<|audio|>"
@@ -164,7 +164,19 @@ class _Run:
             saved |= dict.fromkeys(self.parts.names)
         meter = RoutingMeter(self.model, self.tasks)
         arguments, batches = self._arguments(number)
-        clips = self.config.data.batch_clips
+        eval_batches = {
+            task: FrameBatches(
+                self._frames(examples),
+                self.config.data.batch_frames,
+                batch_clips=self.config.data.batch_clips,
+                multiple_of=self.world.num_processes,
+            )
+            for task, examples in self.validation.items()
+        }
+        if self.world.is_main_process:
+            _write_config(self.config)
+            for left in self._folder(number).glob("unfinished-*"):  # by a kill
+                shutil.rmtree(left)
         trainer = MoweTrainer(
             model=self.model,
             args=arguments,
@@ -174,25 +186,13 @@ class _Run:
             processing_class=self.processor,
             callbacks=[*self.callbacks, RunLog(self.output, number, meter)],
             batches=batches,
-            eval_batches={
-                task: FrameBatches(
-                    self._frames(examples),
-                    self.config.data.batch_frames,
-                    batch_clips=clips,
-                    multiple_of=self.world.num_processes,
-                )
-                for task, examples in self.validation.items()
-            },
+            eval_batches=eval_batches,
             parts=self.parts,
             saved=list(saved),
             meter=meter,
         )
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
-        if self.world.is_main_process:
-            _write_config(self.config)
-            for left in self._folder(number).glob("unfinished-*"):  # by a kill
-                shutil.rmtree(left)
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
         except AudioError as error:  # of a clip damaged in its middle; from a worker it comes with a traceback

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import resource
 import shutil
@@ -59,6 +60,7 @@ def test_a_run_killed_in_a_save_goes_on_to_the_same_losses(
     with (tmp_path / "killed" / "log.jsonl").open("a") as log:
         log.write('{"stage": 1, "st')  # as a kill leaves a line
 
+    config.data.workers = 0
     train(config, resume=True)
     assert len(losses(tmp_path / "whole")) == 8
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
@@ -104,6 +106,20 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     assert torch.load(stage / "checkpoint-1" / "optimizer.pt")
     train(config, resume=True)
     assert [step for _, step, _ in losses(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_a_disk_that_is_full_already_leaves_nothing_of_a_run(
+    settings: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        with pytest.raises(ConfigError, match=r"config\.json: the configuration cannot be written \(No space left"):
+            train(settings())
+    assert list((tmp_path / "run").iterdir()) == []
+    train(settings())
 
 
 def test_without_a_run_before_nothing_goes_on(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
