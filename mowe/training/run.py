@@ -197,6 +197,11 @@ class _Run:
             trainer.train(resume_from_checkpoint=checkpoint)
         except AudioError as error:  # of a clip damaged in its middle; from a worker it comes with a traceback
             raise AudioError(str(error).rpartition("AudioError: ")[2].strip()) from None
+        except torch.OutOfMemoryError:
+            raise ConfigError(
+                f"stage-{number}, step {trainer.state.global_step + 1}: needs more memory than the GPU has; "
+                f"lower data.batch_frames, which is {self.config.data.batch_frames}"
+            ) from None
         meter.remove()
 
     def _arguments(self, number: int) -> tuple[TrainingArguments, FrameBatches]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import torch
 from accelerate import PartialState
 from matplotlib.image import imread
 from safetensors.torch import load_file
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from mowe import EncoderPool, MoweForConditionalGeneration
 from mowe.data import read_manifest
@@ -249,6 +250,17 @@ def test_a_clip_damaged_in_its_middle_ends_a_run_with_one_line(
     config = settings(data={"train": [{"manifest": str(manifest)}], "workers": workers})
     with pytest.raises(AudioError, match=f"^{tmp_path}/clip.wav: holds NaN or infinite samples$"):
         train(config)
+
+
+def test_a_step_that_does_not_fit_the_gpu_ends_a_run_with_one_line(settings: Callable[..., TrainConfig]) -> None:
+    class FullGpu(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB.")
+
+    told = "stage-0, step 2: needs more memory than the GPU has; lower data.batch_frames, which is 8000"
+    with pytest.raises(ConfigError, match=f"^{told}$"):
+        train(settings(), callbacks=[FullGpu()])
 
 
 def test_a_single_step_learns(settings: Callable[..., TrainConfig], tones: Path) -> None:
