@@ -5,6 +5,7 @@ GPU. Features and plan are the library's, so that nothing but the layers differs
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,17 +25,19 @@ Attend = Callable[[Tensor, Tensor, int], Tensor]
 def packed_by_torch(workload: Workload) -> Run:
     pool, waveforms = shared_pool(workload), workload.waveforms()
     (family,) = pool.families
-    indices, device = torch.tensor(workload.indices, device=workload.device), torch.device(workload.device)
+    indices, device, host = torch.tensor(workload.indices), torch.device(workload.device), torch.device("cpu")
     on_gpu = device.type == "cuda"
     encode = torch.compile(_encode, dynamic=True) if on_gpu else _encode
 
     def run() -> Outputs:
         features = ClipFeatures(AudioBatch.from_waveforms(waveforms, device), workload.context)
-        plan = PackPlan.build(indices, pool.lengths(features), pool.layout(device))
+        lengths = pool.lengths(features)
+        plan = PackPlan.build(indices.to(device, non_blocking=on_gpu), lengths, pool.layout(device))
         part = plan.family(0)
         frames, starts = family.inputs(features)
         rows = encode(family, frames.to(family.dtype), starts[part.clip], part, varlen if on_gpu else by_sequence)
-        return PoolOutput((rows,), plan).pairs()
+        plan_on_host = partial(PackPlan.build, indices, lengths, pool.layout(host)) if on_gpu else None
+        return PoolOutput((rows,), plan, plan_on_host).pairs()
 
     return run
 
@@ -43,8 +46,7 @@ def varlen(qkv: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
     """Attention of packed sequences, qkv [R, 3, H, Dh] in 16 bits -> [R, H * Dh]."""
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = (part.contiguous() for part in qkv.unbind(1))
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest).flatten(1)
+    return varlen_attn(*qkv.unbind(1), cu_seqlens, cu_seqlens, longest, longest).flatten(1)
 
 
 def by_sequence(qkv: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:

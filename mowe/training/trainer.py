@@ -117,7 +117,7 @@ class MoweTrainer(Trainer):
     ) -> EvalLoopOutput:
         """The mean loss over the predicted tokens of a set, however it is cut; the Trainer's is one over batches."""
         examples, processes = len(dataloader.dataset), self.accelerator.num_processes  # type: ignore[arg-type]
-        sums = torch.zeros(2, device=self.args.device)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         self.model.eval()
         for number, batch in enumerate(dataloader):
             tokens = (batch["labels"][:, 1:] != -100).sum()

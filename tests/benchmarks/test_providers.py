@@ -15,13 +15,15 @@ from benchmarks.floors import Roofs, base_flops, pool_flops, projector_flops
 from benchmarks.host import seconds_a_layer
 from benchmarks.measure import OutputsDifferError, outputs_agree, prepare, take_turns
 from benchmarks.memory import peak_memory
-from benchmarks.ops import NUM_OPS
+from benchmarks.ops import NUM_OPS, cases
 from benchmarks.rivals import missing
 from benchmarks.shares import added, parts
 from benchmarks.suites import SUITES, compare_ops
 from benchmarks.whole import assembled
 from benchmarks.workloads import Workload
 from mowe import graphs
+from mowe_kernels import backend
+from mowe_kernels.reference import route_topk
 
 
 @pytest.mark.parametrize(
@@ -158,3 +160,11 @@ def test_projector_flops_by_hand():
     convolutions = 25 * 3 * 3 * 384 * 2048 + 13 * 3 * 2048**2 + 7 * 3 * 2048**2
     expected = 2 * (convolutions + 7 * 2048**2)
     assert projector_flops(assembled(workload, workload.context), workload) == expected
+
+
+def test_a_rival_in_plain_torch_is_that_in_its_backward_too(monkeypatch):
+    *_, routing = cases(Workload.named("tiny2/1s/1"))
+    forced, backward = [], route_topk.backward
+    monkeypatch.setattr(route_topk, "backward", lambda *args: (forced.append(backend._forced), backward(*args))[1])
+    routing.backward("reference")()
+    assert forced == ["reference"]
