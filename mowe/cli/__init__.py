@@ -43,6 +43,10 @@ class _OneLineErrors(TyperGroup):
             self._fail(error.format_message())
         except MoweError as error:
             self._fail(str(error))
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
+                raise
+            self._fail("this needs more memory than the GPU has: give it fewer or shorter clips at a time")
         except typer.Abort:
             sys.exit(1)
 

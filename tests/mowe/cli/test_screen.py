@@ -7,8 +7,11 @@ import io
 import json
 
 import pytest
+import torch
 from rich.text import Text
+from typer.testing import CliRunner
 
+from mowe.cli import app
 from mowe.cli._screen import Screen, printable
 from mowe.errors import ConfigError
 
@@ -84,3 +87,13 @@ def test_progress_shows_on_a_terminal(capsys: pytest.CaptureFixture[str], monkey
     said = capsys.readouterr()
     assert said.out == ""
     assert "counting" in said.err and "note: careful" in said.err
+
+
+def test_a_gpu_without_memory_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. ...")
+
+    monkeypatch.setattr("mowe.cli.info.run", run)
+    done = CliRunner().invoke(app, ["info"])
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr == "error: this needs more memory than the GPU has: give it fewer or shorter clips at a time\n"
