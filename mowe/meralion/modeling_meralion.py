@@ -26,6 +26,7 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.utils.generic import can_return_tuple
 
 from mowe.checkpoint import check_keys, check_source, read_model
 from mowe.errors import AudioError, ConfigError, naming
@@ -275,6 +276,7 @@ class MeralionForConditionalGeneration(MeralionPreTrainedModel, GenerationMixin)
         """See MeralionModel.get_audio_features."""
         return self.model.get_audio_features(input_features, **kwargs)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,

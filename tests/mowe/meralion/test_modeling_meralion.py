@@ -140,6 +140,17 @@ def test_logits_are_those_of_the_documented_architecture(tmp_path: Path, variant
         assert (logits(state, ids, chunks, **other) - expected).abs().max() > 1e-2
 
 
+def test_a_tuple_where_one_is_asked_for(tmp_path: Path) -> None:
+    write(tmp_path, "meralion2")
+    model = load(tmp_path)
+    ids = torch.tensor([prompt(1)])
+    with torch.no_grad():
+        expected = model(ids, features(1)).logits
+        assert torch.equal(model(ids, features(1), return_dict=False)[0], expected)
+        model.config.return_dict = False
+        assert torch.equal(model(ids, features(1))[0], expected)
+
+
 def test_attention_is_what_is_asked_for(tmp_path: Path) -> None:
     state = write(tmp_path, "meralion2")
     model = load(tmp_path, attn_implementation="sdpa")
