@@ -68,16 +68,7 @@ def packed(workload: Workload, context: Context | None = None) -> Run:
 
 
 def per_clip(workload: Workload) -> Run:
-    encoders, waveforms = shared_encoders(workload), workload.waveforms()
-    inputs = extractors(encoders)
-
-    def run() -> Outputs:
-        return [
-            [_encode(encoders[e], inputs[e](wave)) for e in chosen]
-            for wave, chosen in zip(waveforms, workload.indices, strict=True)
-        ]
-
-    return run
+    return _each_alone(workload, "max_length", _encode)
 
 
 def padded_loop(workload: Workload) -> Run:
@@ -125,16 +116,20 @@ def packed_by_blas(workload: Workload, context: Context | None = None) -> Run:
 
 
 def trimmed(workload: Workload) -> Run:
+    return _each_alone(workload, "do_not_pad", _encode_own_frames)
+
+
+def _each_alone(workload: Workload, padding: str, encode: Callable[[nn.Module, Tensor], Tensor]) -> Run:
+    """An encoder at a time, on the features of a clip at a time, which encoders of one kind share."""
     encoders, waveforms = shared_encoders(workload), workload.waveforms()
-    inputs = extractors(encoders, padding="do_not_pad")
+    extract = extractors(encoders, padding)
 
-    def run() -> Outputs:
-        return [
-            [_encode_own_frames(encoders[e], inputs[e](wave)) for e in chosen]
-            for wave, chosen in zip(waveforms, workload.indices, strict=True)
-        ]
+    def clip(wave: Tensor, chosen: Sequence[int]) -> list[Tensor]:
+        readers = {kind(encoders[e]): e for e in chosen}
+        inputs = {name: extract[e](wave) for name, e in readers.items()}
+        return [encode(encoders[e], inputs[kind(encoders[e])]) for e in chosen]
 
-    return run
+    return lambda: [clip(wave, chosen) for wave, chosen in zip(waveforms, workload.indices, strict=True)]
 
 
 def _needs_compiler() -> str | None:

@@ -51,16 +51,19 @@ def test_a_captured_mixture_agrees(monkeypatch, workload):
         assert list(prepare(Workload.named(workload), ["mixture", "captured"])) == ["mixture", "captured"]
 
 
-@pytest.mark.parametrize(("workload", "times"), [("tiny4/1s/2", 1), ("tiny2/1s/2", 2)], ids=["alike", "unlike"])
+@pytest.mark.parametrize(
+    ("provider", "workload", "times"),
+    [("naive", "tiny4/1s/2", 1), ("naive", "tiny2/1s/2", 2), ("per_clip", "tiny4/1s/2", 1)],
+)
 @torch.no_grad()
-def test_the_naive_way_extracts_features_once_for_encoders_that_read_the_same(monkeypatch, workload, times):
+def test_rivals_extract_features_once_for_encoders_that_read_the_same(monkeypatch, provider, workload, times):
     """And where the waveform lies, as the library does."""
     monkeypatch.setitem(workloads.BASES, "tiny2", workloads._whisper(384, 1, 6, num_mel_bins=128))
     extract, places = WhisperFeatureExtractor.__call__, []
     monkeypatch.setattr(
         WhisperFeatureExtractor, "__call__", lambda *a, device, **how: places.append(device) or extract(*a, **how)
     )
-    run = ALL["naive"].prepare(Workload.named(workload))
+    run = ALL[provider].prepare(Workload.named(workload))
     run()
     assert places == ["cpu"] * 2 * times
 
