@@ -17,7 +17,7 @@ from mowe.losses import router_loss
 from mowe.pool import EncoderPool
 from mowe.projector import BaseFeatures, MoweProjector
 from mowe.router import MoweRouter
-from mowe_kernels import FrameClock, PackPlan, sequence_mean
+from mowe_kernels import FrameClock, PackLayout, PackPlan, sequence_mean
 from mowe_kernels.plan import device_lengths
 
 if TYPE_CHECKING:
@@ -52,6 +52,12 @@ class MixtureOutput:
         tokens = nn.utils.rnn.pad_sequence(self.tokens.split(self.lengths), batch_first=True)
         lengths = device_lengths([self.lengths], tokens.device)[0]
         return tokens, torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+
+
+# So that torch sees the tensors in it: DistributedDataParallel with a static graph would not wait for their gradients,
+# and torch.export would not know what it is.
+for _kind in (MixtureOutput, PackPlan, PackLayout):
+    torch.export.register_dataclass(_kind)
 
 
 class Mixture(KeepsFixed, nn.Module):

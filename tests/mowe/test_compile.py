@@ -92,3 +92,12 @@ def test_gradients_are_those_of_eager_code():
         assert_same_gradients(gradients(compiled, given), gradients(made, given))
         graphs.add(counter.frame_count)
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@torch.no_grad()
+def test_export(strict):
+    made, given = mixture("valid"), inputs(BATCHES[0])
+    out, expected = torch.export.export(made, given, strict=strict).module()(*given), made(*given)
+    assert_same(out.tokens, expected.tokens)
+    assert (out.lengths, out.indices.tolist()) == (expected.lengths, expected.indices.tolist())
