@@ -113,10 +113,13 @@ def traced(*args: Any) -> bool:
 def needs_grad(*args: Any) -> bool:
     """Whether autograd will ask for a gradient through any of these arguments.
 
-    Raises NotImplementedError where one has a tangent: the kernels would drop it without a word.
+    Raises NotImplementedError where one has a tangent, which the kernels would drop without a word, and inside other
+    transforms of torch.func, which cannot see into them.
     """
     if forward_ad._current_level >= 0:
         _refuse_tangents(args)
+    if torch._C._are_functorch_transforms_active():
+        _refuse_transforms(args)
     if not torch.is_grad_enabled():
         return False
     for a in args:  # noqa: SIM110
@@ -128,6 +131,11 @@ def needs_grad(*args: Any) -> bool:
 def _refuse_tangents(args: tuple[Any, ...]) -> None:
     if any(isinstance(a, torch.Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args):
         raise NotImplementedError("mowe_kernels has no forward-mode derivatives (jvp, jacfwd); use backward")
+
+
+def _refuse_transforms(args: tuple[Any, ...]) -> None:
+    if any(isinstance(a, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(a) for a in args):
+        raise NotImplementedError("mowe_kernels cannot be transformed by torch.func (grad, vmap, ...); use backward")
 
 
 def check(condition: bool, op: str, message: str) -> None:

@@ -184,6 +184,13 @@ def test_a_tangent_is_refused_and_not_dropped(learns):
         mk.grouped_linear(normal(4, 5), weight, None, at)
 
 
+@pytest.mark.parametrize(("transform", "shape"), [(torch.func.grad, (4, 5)), (torch.func.vmap, (2, 4, 5))])
+def test_transforms_of_functions_are_refused(transform, shape):
+    weight, at = normal(1, 3, 5), int32(0, 4)
+    with pytest.raises(NotImplementedError, match=r"cannot be transformed by torch\.func"):
+        transform(lambda x: mk.grouped_linear(x, weight, None, at).sum())(normal(*shape))
+
+
 def test_two_runs_are_bitwise_equal():
     p, b = parameters(), batch([[0, 2], [2, 1], [0, 0]], (17, 9, 30))
     assert all(torch.equal(*pair) for pair in zip(run(mixture, p, b), run(mixture, p, b), strict=True))
