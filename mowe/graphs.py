@@ -62,7 +62,7 @@ class MixtureGraph:
 
     @torch.no_grad()
     def __call__(
-        self, base: Tensor, waveforms: Sequence[Tensor], base_lengths: Sequence[int] | None = None
+        self, base: Tensor, waveforms: Sequence[Tensor], base_lengths: Sequence[int] | Tensor | None = None
     ) -> MixtureOutput:
         """As the mixture's `forward`, whose result it gives, in tensors of its own.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,8 @@ from mowe_kernels.plan import device_lengths
 
 if TYPE_CHECKING:
     from mowe.graphs import MixtureGraph
+
+_INTEGER: tuple[Any, ...] = (Integral, torch.SymInt)  # of numpy, and of an exported program, too
 
 
 @dataclass(frozen=True)
@@ -114,11 +117,12 @@ class MixtureOfWeakEncoders(Mixture):
         self.multi_modal_projector = MoweProjector(config, base_width, pool.widths, config.text_config.hidden_size)
 
     def forward(
-        self, base: Tensor, waveforms: Sequence[Tensor], base_lengths: Sequence[int] | None = None
+        self, base: Tensor, waveforms: Sequence[Tensor], base_lengths: Sequence[int] | Tensor | None = None
     ) -> MixtureOutput:
         """base: [B, T, D], the base encoder's features. waveforms: the B clips, 1-D float tensors at 16 kHz.
 
-        base_lengths: frames of each clip that are not padding, host integers; all T by default.
+        base_lengths: frames of each clip that are not padding, host integers; all T by default. A tensor of them is
+        read back from its device.
         Raises AudioError where base features and waveforms do not go together.
         """
         lengths = self.check(base, waveforms, base_lengths)
@@ -127,15 +131,19 @@ class MixtureOfWeakEncoders(Mixture):
         features = ClipFeatures(AudioBatch.from_waveforms(waveforms, base.device), self.pool.config.context)
         return self.mix(BaseFeatures(base.flatten(0, 1), starts, lengths, self.base_clock), features)
 
-    def check(self, base: Tensor, waveforms: Sequence[Tensor], base_lengths: Sequence[int] | None) -> tuple[int, ...]:
+    def check(
+        self, base: Tensor, waveforms: Sequence[Tensor], base_lengths: Sequence[int] | Tensor | None
+    ) -> tuple[int, ...]:
         """Frames of each clip that are not padding; raises AudioError as `forward` does."""
         width = self.config.audio_config.hidden_size
         if base.dim() != 3 or base.shape[2] != width or base.shape[0] != len(waveforms):
             raise AudioError(f"base must be [{len(waveforms)}, T, {width}], one entry a clip, got {list(base.shape)}")
         batch, frames, _ = base.shape
+        if isinstance(base_lengths, Tensor):
+            base_lengths = base_lengths.tolist()
         lengths = tuple(base_lengths) if base_lengths is not None else (frames,) * batch
-        if len(lengths) != batch or not all(0 < length <= frames for length in lengths):
-            raise AudioError(f"base_lengths must be {batch} numbers in 1..{frames}, got {list(lengths)}")
+        if len(lengths) != batch or not all(isinstance(n, _INTEGER) and 0 < n <= frames for n in lengths):
+            raise AudioError(f"base_lengths must be {batch} integers in 1..{frames}, got {list(lengths)}")
         return lengths
 
     def capture(self, clips: int, samples: int, frames: int) -> MixtureGraph:

@@ -225,6 +225,13 @@ def test_base_features_without_padding_need_no_lengths():
     assert torch.equal(made(base, inputs.waves).tokens, inputs.mix(made).tokens)
 
 
+def test_base_lengths_in_a_tensor():
+    given = torch.randn(2, 9, BASE_WIDTH), [clip(3_000), clip(2_000)]
+    out, expected = (mixture()(*given, lengths) for lengths in (torch.tensor([9, 6]), [9, 6]))
+    assert torch.equal(out.tokens, expected.tokens)
+    assert list(map(type, out.lengths)) == [int, int]
+
+
 def test_outputs():
     made = mixture(num_dependent_slots=2)
     out = Inputs().mix(made)
@@ -292,9 +299,11 @@ def test_a_base_encoder_of_no_family():
         ((2, 9, BASE_WIDTH + 1), 2, None, rf"base must be \[2, T, {BASE_WIDTH}\], .* got \[2, 9, {BASE_WIDTH + 1}\]"),
         ((9, BASE_WIDTH), 1, None, r"base must be \[1, T, 32\], .* got \[9, 32\]"),
         ((2, 9, BASE_WIDTH), 3, None, r"base must be \[3, T, 32\], .* got \[2, 9, 32\]"),
-        ((2, 9, BASE_WIDTH), 2, [9], r"base_lengths must be 2 numbers in 1\.\.9, got \[9\]"),
-        ((2, 9, BASE_WIDTH), 2, [9, 0], r"base_lengths must be 2 numbers in 1\.\.9, got \[9, 0\]"),
-        ((2, 9, BASE_WIDTH), 2, [10, 1], r"base_lengths must be 2 numbers in 1\.\.9, got \[10, 1\]"),
+        ((2, 9, BASE_WIDTH), 2, [9], r"base_lengths must be 2 integers in 1\.\.9, got \[9\]"),
+        ((2, 9, BASE_WIDTH), 2, [9, 0], r"base_lengths must be 2 integers in 1\.\.9, got \[9, 0\]"),
+        ((2, 9, BASE_WIDTH), 2, [10, 1], r"base_lengths must be 2 integers in 1\.\.9, got \[10, 1\]"),
+        ((2, 9, BASE_WIDTH), 2, [9.0, 1.0], r"must be 2 integers in 1\.\.9, got \[9\.0, 1\.0\]"),
+        ((2, 2, BASE_WIDTH), 2, torch.ones(2, 2), r"must be 2 integers in 1\.\.2, got \[\[1\.0, 1\.0\], "),
         ((0, 9, BASE_WIDTH), 0, None, "expected at least one clip"),
     ],
 )
