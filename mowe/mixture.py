@@ -105,6 +105,8 @@ class MixtureOfWeakEncoders(Mixture):
 
     config: routers and projector; its audio_config gives the base width and frame rate, its text_config the width of
     the language model. pool: the weak encoders.
+    base_clock: when the base frames happen, those of audio_config's encoder at first. Assign another one where they
+    were shortened since: of Whisper frames averaged in twos it is `mowe_kernels.FrameClock(hop=640, offset=160)`.
     """
 
     def __init__(self, config: MoweConfig, pool: EncoderPool):
@@ -119,7 +121,8 @@ class MixtureOfWeakEncoders(Mixture):
     def forward(
         self, base: Tensor, waveforms: Sequence[Tensor], base_lengths: Sequence[int] | Tensor | None = None
     ) -> MixtureOutput:
-        """base: [B, T, D], the base encoder's features. waveforms: the B clips, 1-D float tensors at 16 kHz.
+        """base: [B, T, D], the base encoder's features. waveforms: the B clips, 1-D float tensors at 16 kHz, trusted
+        to be finite (a NaN stays in its clip).
 
         base_lengths: frames of each clip that are not padding, host integers; all T by default. A tensor of them is
         read back from its device.

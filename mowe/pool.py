@@ -71,6 +71,10 @@ class PoolOutput:
 class EncoderPool(KeepsFixed, nn.Module):
     """E weak encoders, numbered as given; encoders of one architecture and size are stacked and run together.
 
+    families: one module each. members: per family, the numbers of its encoders in the order in which they lie along the
+    first axis of its parameters. `requires_grad` is of a family; of some of its encoders, hooks that put zeros into the
+    others' gradients (`Tensor.register_hook`) make the rest learn alone, under an optimiser without weight decay.
+
     Raises ConfigError for an empty pool and for encoders that no family can run.
     """
 
@@ -179,7 +183,8 @@ class EncoderPool(KeepsFixed, nn.Module):
     ) -> PoolOutput:
         """Features of chosen encoders for each clip.
 
-        waveforms: B 1-D float tensors at 16 kHz. indices: integer [B, k], encoder of each slot, -1 for none.
+        waveforms: B 1-D float tensors at 16 kHz, trusted to be finite. indices: integer [B, k], encoder of each slot,
+        -1 for none.
         context: "valid" or "window", the pool's own by default.
         Raises AudioError for waveforms that cannot be encoded, ConfigError for indices that do not fit.
         """

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mowe import AudioError, ConfigError, EncoderPool, MixtureOfWeakEncoders, MixtureOutput, MoweConfig
+from mowe_kernels import FrameClock
 from tests.mowe.encoders import LARGE, assert_same, assert_same_gradients, clip, hubert, wav2vec2, whisper
 from tests.mowe.naive import NaiveMixture, encoder_gradients
 
@@ -160,6 +161,16 @@ def test_a_wave_encoder_as_base(projector_type):
     assert_naive(made, Inputs(frames=[(samples - 80) // 320 for samples in LENGTHS]))
 
 
+@pytest.mark.parametrize("joined", [2, 4])
+def test_base_frames_that_were_joined(joined):
+    """25 and 12.5 a second: each meets the weak frame in its middle, the later of two."""
+    made = mixture(encoders=ENCODERS[:1], projector_type="stack", projector_stride=1, num_dependent_slots=0)
+    base, waves = torch.randn(1, 10, BASE_WIDTH), [clip(joined * 3_200)]
+    expected = made(base.repeat_interleave(joined, dim=1), waves).tokens[joined // 2 :: joined]
+    made.base_clock = FrameClock(hop=320 * joined, offset=160 * (joined - 1))
+    assert_same(made(base, waves).tokens, expected)
+
+
 def test_a_single_encoder():
     assert_naive(mixture(encoders=[hubert(3)]), Inputs([5_000, 400]))
 
@@ -230,6 +241,17 @@ def test_base_lengths_in_a_tensor():
     out, expected = (mixture()(*given, lengths) for lengths in (torch.tensor([9, 6]), [9, 6]))
     assert torch.equal(out.tokens, expected.tokens)
     assert list(map(type, out.lengths)) == [int, int]
+
+
+@torch.no_grad()
+def test_a_clip_with_a_nan_spoils_no_other():
+    made, waves = mixture().float(), [clip(n, n) for n in LENGTHS]
+    base = torch.randn(3, 28, BASE_WIDTH)
+    expected = made(base, waves)
+    waves[1][100] = torch.nan
+    out = made(base, waves)
+    assert [bool(out.clip(b).isnan().any()) for b in range(3)] == [False, True, False]
+    assert all(torch.equal(out.clip(b), expected.clip(b)) for b in (0, 2))
 
 
 def test_outputs():

@@ -234,6 +234,20 @@ def test_frozen_encoders_receive_no_gradient():
     assert not any(rows.requires_grad for rows in pool.encode(clips(400), [[0, 1]], "valid").rows)
 
 
+def test_some_encoders_of_a_family_learn_alone():
+    pool = EncoderPool.from_encoders([whisper(0), hubert(1), whisper(2)]).requires_grad_(False)
+    before = [pool.to_transformers(index).state_dict() for index in range(3)]
+    assert pool.members == ((0, 2), (1,))
+    learning = [p for p in pool.families[0].requires_grad_().parameters() if p.requires_grad]
+    for parameter in learning:
+        parameter.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor(0), 0.0))
+    pool.encode(clips(4_000), [[0, 1, 2]], "valid").rows[0].square().sum().backward()
+    torch.optim.Adam(learning).step()
+    for index, state in enumerate(before):
+        after = pool.to_transformers(index).state_dict()
+        assert all(torch.equal(after[name], value) for name, value in state.items()) == (index != 2)
+
+
 def test_encoders_that_nobody_chose_receive_no_gradient():
     pool = EncoderPool.from_encoders(ENCODERS)
     rows = pool.encode(clips(400, 2_000), [[0], [1]], "valid").rows
