@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -48,13 +49,18 @@ class MixtureOutput:
 
     def clip(self, index: int) -> Tensor:
         """[T, H]: the tokens of one clip."""
-        return self.tokens.split(self.lengths)[index]
+        return self.tokens.narrow(0, sum(self.lengths[:index]), self.lengths[index])
 
     def padded(self) -> tuple[Tensor, Tensor]:
         """[B, max T, H] with zeros after each clip's tokens, and the mask bool [B, max T] of those that are real."""
-        tokens = nn.utils.rnn.pad_sequence(self.tokens.split(self.lengths), batch_first=True)
-        lengths = device_lengths([self.lengths], tokens.device)[0]
-        return tokens, torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+        device, (rows, width) = self.tokens.device, self.tokens.shape
+        longest = reduce(torch.sym_max, self.lengths)  # which clip's it is must not decide on a compiled graph
+        lengths = device_lengths([self.lengths], device)[0]
+        missing = longest - lengths
+        before = (missing.cumsum(0) - missing).repeat_interleave(lengths, output_size=rows)
+        padded = self.tokens.new_zeros(len(self.lengths) * longest, width)
+        padded = padded.index_copy(0, torch.arange(rows, device=device) + before, self.tokens)
+        return padded.view(-1, longest, width), torch.arange(longest, device=device) < lengths[:, None]
 
 
 # So that torch sees the tensors in it: DistributedDataParallel with a static graph would not wait for their gradients,

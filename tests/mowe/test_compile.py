@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -73,6 +75,29 @@ def test_other_lengths_and_another_routing_compile_nothing(context):
         assert counter.frame_count == min(number + 1, 2)  # at the second batch, sizes become symbols
         chosen.add(str(out.indices.tolist()))
     assert len(chosen) > 1
+
+
+class Padded(torch.nn.Module):
+    """A model that takes the tokens padded, and those of the last clip (of which torch wants to know if it is one)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixture = mixture("valid")
+
+    def forward(self, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        out = self.mixture(*given)
+        return *out.padded(), out.clip(-1)
+
+
+@torch.no_grad()
+def test_a_model_around_it_compiles_no_more():
+    model, counter = Padded(), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for number, lengths in enumerate((*BATCHES[:2], (8_000, 23_456, 9_999), (9_999, 3_333, 50_000))):
+        given = inputs(lengths)
+        for got, expected in zip(compiled(*given), model(*given), strict=True):
+            assert torch.equal(got, expected)
+        assert counter.frame_count == min(number + 1, 2)
 
 
 def test_gradients_are_those_of_eager_code():
