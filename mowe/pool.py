@@ -71,7 +71,8 @@ class PoolOutput:
 class EncoderPool(KeepsFixed, nn.Module):
     """E weak encoders, numbered as given; encoders of one architecture and size are stacked and run together.
 
-    families: one module each. members: per family, the numbers of its encoders in the order in which they lie along the
+    families: one module each, and one unit for `fully_shard` (FSDP2 waits where processes choose apart, if layers of
+    theirs are units). members: per family, the numbers of its encoders in the order in which they lie along the
     first axis of its parameters. `requires_grad` is of a family; of some of its encoders, hooks that put zeros into the
     others' gradients (`Tensor.register_hook`) make the rest learn alone, under an optimiser without weight decay.
 

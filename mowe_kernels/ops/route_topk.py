@@ -70,9 +70,9 @@ def route_topk(
     logits: [B, E] of the data-dependent router, which fills `top_k` slots; None when top_k is 0.
     learned_logits: [E] of the data-independent router, which fills the `top_k_independent` slots before them; None
     when that is 0. lengths, rank, level_bounds: as in `pack_plan`.
-    Returns weights float32 [B, k] (the softmax over all E encoders, at the chosen ones), indices int64 [B, k] and
-    the tensors of `pack_plan`. Only the weights carry a gradient: d logits = p * (g - sum(p * g)), g being the
-    gradient scattered to the chosen encoders.
+    Returns weights float32 [B, k] (float64 for float64; the softmax over all E encoders, at the chosen ones), indices
+    int64 [B, k] and the tensors of `pack_plan`. Only the weights carry a gradient: d logits = p * (g - sum(p * g)), g
+    being the gradient scattered to the chosen encoders.
     Raises ValueError for shapes or types that do not fit and for more slots than encoders.
     """
     encoders = rank.shape[0]

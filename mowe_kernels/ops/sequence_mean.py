@@ -46,7 +46,8 @@ _op = DifferentiableOp(
 def sequence_mean(x: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
     """Mean of rows starts[s] .. starts[s] + lengths[s] - 1 for each sequence s; zero for an empty one.
 
-    x: [R, D]. starts, lengths: int32 [S]; sequences must not overlap. Returns [S, D] in float32.
+    x: [R, D]. starts, lengths: int32 [S]; sequences must not overlap. Returns [S, D] in float32
+    (float64 for float64).
     Floor: R D elements moved. Raises ValueError for shapes that do not fit.
     """
     check_shape("sequence_mean", "x", x, (None, None), "packed rows [R, D]")
