@@ -19,7 +19,7 @@ from mowe.losses import router_loss
 from mowe.pool import EncoderPool
 from mowe.projector import BaseFeatures, MoweProjector
 from mowe.router import MoweRouter
-from mowe_kernels import FrameClock, PackLayout, PackPlan, sequence_mean
+from mowe_kernels import FrameClock, PackPlan, sequence_mean
 from mowe_kernels.plan import device_lengths
 
 if TYPE_CHECKING:
@@ -63,10 +63,7 @@ class MixtureOutput:
         return padded.view(-1, longest, width), torch.arange(longest, device=device) < lengths[:, None]
 
 
-# So that torch sees the tensors in it: DistributedDataParallel with a static graph would not wait for their gradients,
-# and torch.export would not know what it is.
-for _kind in (MixtureOutput, PackPlan, PackLayout):
-    torch.export.register_dataclass(_kind)
+torch.export.register_dataclass(MixtureOutput)  # as the pool's output, and for the same reasons
 
 
 class Mixture(KeepsFixed, nn.Module):

@@ -68,6 +68,12 @@ class PoolOutput:
         return [[find(place) for place in places[at : at + slots]] for at in range(0, len(places), slots)]
 
 
+# So that torch sees the tensors in it: DistributedDataParallel with a static graph would not wait for their gradients,
+# and torch.export would not know what it is.
+for _kind in (PoolOutput, PackPlan, PackLayout):
+    torch.export.register_dataclass(_kind)
+
+
 class EncoderPool(KeepsFixed, nn.Module):
     """E weak encoders, numbered as given; encoders of one architecture and size are stacked and run together.
 

@@ -234,6 +234,12 @@ def test_frozen_encoders_receive_no_gradient():
     assert not any(rows.requires_grad for rows in pool.encode(clips(400), [[0, 1]], "valid").rows)
 
 
+def test_torch_finds_the_features_in_what_a_pool_gives(pool):
+    out = pool.encode(clips(400, 2_000), [[0], [1]], "valid")
+    leaves = torch.utils._pytree.tree_leaves(out)
+    assert all(any(leaf is rows for leaf in leaves) for rows in out.rows)
+
+
 def test_some_encoders_of_a_family_learn_alone():
     pool = EncoderPool.from_encoders([whisper(0), hubert(1), whisper(2)]).requires_grad_(False)
     before = [pool.to_transformers(index).state_dict() for index in range(3)]
