@@ -80,8 +80,10 @@ def file_name(device: str) -> str:
 
 
 @cache
-def of_device(index: int) -> DeviceTable | None:
-    """The table of a CUDA device or of its kind, None where there is none."""
+def of_device(index: int | None) -> DeviceTable | None:
+    """The table of a CUDA device or of its kind, None where there is none, and for the CPU, which has no number."""
+    if index is None:
+        return None
     return of_name(torch.cuda.get_device_name(index)) or of_capability(compute_capability(index))
 
 

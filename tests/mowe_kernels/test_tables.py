@@ -120,3 +120,8 @@ def test_settings_of_attention():
     key = "attention_forward, 16 bits, heads of 64"
     tuned = ARCHITECTURES[90]._replace(tuned={key: [64, 64, 4, 2]})
     assert attention.choose("forward", torch.float16, 64, tuned) == attention.Settings(64, 64, 4, 2)
+
+
+def test_the_cpu_has_none():
+    """Kernels in Triton's interpreter ask for it."""
+    assert tables.of_device(torch.device("cpu").index) is None
