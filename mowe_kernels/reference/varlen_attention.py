@@ -32,7 +32,7 @@ def forward(
             out[seq, block] = (probabilities.to(v.dtype) @ v).transpose(0, 1)
         return clear_tail(out, cu_seqlens), lse
     for _, seq in groups(cu_seqlens):
-        q, k, v = _heads(qkv[seq])
+        q, k, v = _heads(qkv[seq].contiguous())  # the fused kernels take columns to lie side by side
         attended, lse[:, seq] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q[None], k[None], v[None], scale=scale
         )
@@ -53,7 +53,7 @@ def backward(
     grad_qkv = qkv.new_empty(qkv.shape)
     if _fused(qkv):
         for _, seq in groups(cu_seqlens):
-            q, k, v = _heads(qkv[seq])
+            q, k, v = _heads(qkv[seq].contiguous())
             grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 *(t[None] for t in (grad[seq].transpose(0, 1), q, k, v, out[seq].transpose(0, 1), lse[:, seq])),
                 0.0, False, scale=scale,

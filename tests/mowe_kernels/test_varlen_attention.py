@@ -80,6 +80,11 @@ def test_accepts_any_strides():
     assert_matches(op((4, 3)), naive((4, 3)), {"qkv": qkv}, 7)
 
 
+def test_columns_need_not_lie_side_by_side():
+    qkv = normal(7, 3, HEAD_DIM, HEADS).mT
+    assert_matches(op((4, 3)), naive((4, 3)), {"qkv": qkv}, 7)
+
+
 @pytest.mark.usefixtures("implementation")
 def test_derivatives():
     gradcheck(op((2, 0, 3)), {"qkv": normal(5, 3, 2, 3)})
