@@ -77,8 +77,8 @@ def _repeated(
     inputs = x, *parameters, group_offsets, cu_seqlens, *more
     if (
         x.nbytes > MOST_BYTES
-        or not _attends(direction, x.device, x.dtype, *x.shape, max_seqlen, heads, equal_lengths)
         or not _repeatable(inputs)
+        or not _attends(direction, x.device, x.dtype, *x.shape, max_seqlen, heads, equal_lengths)
     ):
         return compute()
     device = x.get_device()

@@ -15,7 +15,7 @@ from mowe_kernels.triton._repeat import noted
 from mowe_kernels.triton.grouped_linear import Tile
 from mowe_kernels.triton.varlen_attention import Settings
 from tests.mowe_kernels.checks import GROUPS, normal, offsets, rows_with_tail, table
-from tests.mowe_kernels.triton.accuracy import DEVICE, assert_as_accurate_as_torch
+from tests.mowe_kernels.triton.accuracy import DEVICE, DTYPES, assert_as_accurate_as_torch
 from tests.mowe_kernels.triton.no_gpu import printed_by
 
 D, HIDDEN, HEADS = 24, 40, 2
@@ -28,8 +28,9 @@ SMALL = {
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("pre_norm", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @table(GROUPS, "sizes")
-def test_is_as_accurate_as_torch(sizes, pre_norm):
+def test_is_as_accurate_as_torch(sizes, dtype, pre_norm):
     e, at = len(sizes), offsets(sizes).to(DEVICE)
     narrow = e, D
     shapes = narrow, narrow, (e, 3 * D, D), (e, 3 * D), (e, D, D), narrow
@@ -41,7 +42,7 @@ def test_is_as_accurate_as_torch(sizes, pre_norm):
         return encoder_layer(x, LayerParameters(**given), at, at, max(sizes), heads=HEADS, pre_norm=pre_norm)
 
     with override(**SMALL):
-        assert_as_accurate_as_torch(layer, inputs, sum(sizes), torch.float32)
+        assert_as_accurate_as_torch(layer, inputs, sum(sizes), dtype)
 
 
 SCRIPT = """
