@@ -158,7 +158,8 @@ def _convolve_groups_backward(
     grad_image, grad_filters, _ = torch.ops.aten.convolution_backward(
         grad_output,
         image,
-        filters.contiguous() if need_weight else filters,  # with channels last, torch's float64 gradient is wrong
+        # With channels last, torch's gradient is wrong; filters of one tap are as they are in both orders.
+        filters.clone(memory_format=torch.contiguous_format) if need_weight else filters,
         None, (1, stride), (0, 0), (1, 1), False, (0, 0), groups, (need_x, need_weight, False),
     )  # fmt: skip
     if need_weight:

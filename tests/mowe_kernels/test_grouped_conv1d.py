@@ -64,6 +64,7 @@ SHAPES = {
     "positional": Shape(taps=6, padding=3, groups=2),
     "depthwise, strided": Shape(taps=3, stride=2, padding=1, groups=2, c=2, n=2),
     "gaps": Shape(taps=1, stride=3),
+    "one tap in groups": Shape(taps=1, groups=2),
 }
 
 
