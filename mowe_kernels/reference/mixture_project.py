@@ -28,7 +28,7 @@ class _Segment:
         own = rows[self.rows]
         if self.index is None:
             return own[:frames]
-        return own[self.index] * self.inside[:, None]
+        return self._silenced(own[self.index])
 
     def add(self, grad_rows: Tensor, grad: Tensor) -> None:
         """Transpose of `read`."""
@@ -36,7 +36,11 @@ class _Segment:
         if self.index is None:
             own[: grad.shape[0]] += grad
         else:
-            own.index_add_(0, self.index, grad.to(own.dtype) * self.inside[:, None])
+            own.index_add_(0, self.index, self._silenced(grad.to(own.dtype)))
+
+    def _silenced(self, frames: Tensor) -> Tensor:
+        """Zero where no row is met, even where the row at hand is NaN."""
+        return frames.masked_fill(~self.inside[:, None], 0.0)
 
 
 def forward(

@@ -198,6 +198,14 @@ def test_no_family():
     torch.testing.assert_close(ours, theirs)
 
 
+def test_where_no_row_is_met_there_is_silence_whatever_the_last_row_is():
+    batch, projector = Batch(((0,),), (5,), ((2,), (0,))), PROJECTORS["frame by frame"]
+    inputs = make_inputs(batch, projector)
+    inputs["rows0"][-1] = torch.nan
+    out = op(batch, projector, CLOCKS["whisper and wave"], "")(**inputs)
+    assert out.isfinite().all(1).tolist() == [True, False, False, True, True]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_precision(dtype):
     batch, projector, clocks = Batch(((0, 2),), (31,), ((31,), (30,))), PROJECTORS["conv"], CLOCKS["whisper and wave"]
