@@ -16,7 +16,7 @@ def load_block(source, row, col, row_stop, COLS: tl.constexpr, BR: tl.constexpr,
     source: a pointer, or with TMA a descriptor; then past row_stop the matrix's further rows are read.
     """
     if TMA:
-        block = source.load([row, col])
+        block = source.load([tl.cast(row, tl.int32), col])
     else:
         rows, cols = tl.arange(0, BR), tl.arange(0, BC)
         pointers = source + tl.cast(row, tl.int64) * COLS + col + rows[:, None] * COLS + cols[None, :]

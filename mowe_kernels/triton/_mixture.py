@@ -239,8 +239,8 @@ def mixture_project_bwd_rows_kernel(
     first = tl.load(p_first + pair)
     count = tl.load(p_last + pair) - first
     for earlier in range(slot):
-        if tl.load(p_position + clip * SLOTS + earlier) == pair:
-            count = 0  # the earlier slot sees to the pair
+        served = tl.load(p_position + clip * SLOTS + earlier) == pair
+        count = tl.where(served, 0, count)  # the earlier slot sees to the pair
     start = tl.load(p_base_starts + clip)
     base_frames = tl.load(p_base_lengths + clip)
     for tile in range(part * BM, count, PARTS * BM):

@@ -10,6 +10,7 @@ from mowe_kernels import compile_report
 from mowe_kernels.compile_report import Outcome
 from mowe_kernels.triton import _compilation
 from mowe_kernels.triton._compilation import Compilation
+from tests.mowe_kernels.triton.no_gpu import printed_by
 
 FITS = {"registers": 128, "spills": 0, "shared": 1024, "ptx": "wgmma.mma_async wgmma.mma_async"}
 
@@ -75,6 +76,25 @@ def test_a_kernel_that_does_not_compile_is_named(monkeypatch):
     monkeypatch.setattr(_compilation, "compile_for", fail)
     outcome = compile_report._outcome("op", Compilation("name", None, {}, {}, 4, 1, False), 80)
     assert outcome.problem == "does not compile: no such layout"
+
+
+INT64 = """
+from dataclasses import replace
+from mowe_kernels.triton import grouped_linear, mixture_project
+from mowe_kernels.triton._compilation import compile_for
+
+for op, kernel, *offsets in (
+    (grouped_linear, "grouped_gemm_kernel", "p_offsets"),
+    (mixture_project, "mixture_project_bwd_rows_kernel", "p_first", "p_last"),
+):
+    found = next(c for c in op.compilations(90) if c.kernel.__name__ == kernel)
+    compile_for(replace(found, signature=found.signature | dict.fromkeys(offsets, "*i64")), 90)
+print("compiled")
+"""
+
+
+def test_offsets_may_be_int64():
+    assert printed_by(INT64) == "compiled"
 
 
 def test_an_unknown_op(capsys):
