@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from mowe_kernels import tables
@@ -26,7 +27,7 @@ BACKENDS = {
 def forward(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, save_lse: bool, equal_lengths: bool = False
 ) -> tuple[Tensor, Tensor]:
-    qkv = qkv.contiguous()
+    qkv, cu_seqlens = qkv.contiguous(), cu_seqlens.to(torch.int32)  # as FlashAttention wants them
     backend = choose("forward", qkv, max_seqlen, scale, equal_lengths)
     return backend.forward(qkv, cu_seqlens, max_seqlen, scale, save_lse, equal_lengths)
 
@@ -41,7 +42,7 @@ def backward(
     scale: float,
     equal_lengths: bool = False,
 ) -> Tensor:
-    qkv = qkv.contiguous()
+    qkv, cu_seqlens = qkv.contiguous(), cu_seqlens.to(torch.int32)
     backend = choose("backward", qkv, max_seqlen, scale, equal_lengths)
     return backend.backward(grad, qkv, out, lse, cu_seqlens, max_seqlen, scale, equal_lengths)
 

@@ -14,7 +14,7 @@ from mowe_kernels.attention import torch_varlen
 def supports(qkv: Tensor, max_seqlen: int, scale: float, equal_lengths: bool) -> bool:
     rows = qkv.shape[0]
     fits = qkv.device.type == "cpu" or torch_varlen.supports(qkv, max_seqlen, scale, equal_lengths)
-    return fits and equal_lengths and rows > 0 and rows % max_seqlen == 0
+    return fits and equal_lengths and rows > 0 and max_seqlen > 0 and rows % max_seqlen == 0
 
 
 def forward(

@@ -45,6 +45,10 @@ def test_dense_is_not_for_unequal_lengths(rows, equal):
     assert not dense.supports(torch.empty(rows, 3, HEADS, HEAD_DIM), 6, SCALE, equal)
 
 
+def test_dense_is_not_for_rows_that_all_belong_to_nobody():
+    assert not dense.supports(torch.empty(6, 3, HEADS, HEAD_DIM), 0, SCALE, True)
+
+
 class Library:
     """Stands in for a library's attention: computes it in plain torch, and remembers how it was asked."""
 
@@ -62,6 +66,7 @@ class Library:
         return self._forward((q, k, v), cu_q, max_q, scale)
 
     def _forward(self, qkv, cu_seqlens, longest, scale):
+        assert cu_seqlens.dtype == torch.int32
         return reference.forward(torch.stack(qkv, 1), cu_seqlens, longest, scale, True)
 
     def _wrapped_flash_attn_varlen_forward(
@@ -83,6 +88,7 @@ class Library:
     def _flash_attention_backward(
         self, grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout_p, causal, rng_state, unused, *, scale
     ):
+        assert cu_q.dtype == torch.int32
         assert torch.are_deterministic_algorithms_enabled()
         assert (rng_state.dtype, list(rng_state.shape), unused.numel()) == (torch.uint64, [2], 0)
         return reference.backward(grad, torch.stack((q, k, v), 1), out, lse, cu_q, max_q, scale).unbind(1)
@@ -109,6 +115,12 @@ def test_calls_of_other_libraries(module, library):
         assert torch.equal(ours, theirs)
     assert all(asked == {"num_splits": 1} for asked in library.asked)
     assert torch.is_deterministic_algorithms_warn_only_enabled()  # as the fixture has set it
+
+
+def test_other_libraries_get_offsets_of_int32(monkeypatch, library):
+    monkeypatch.setattr(attention, "choose", lambda *case: torch_varlen)
+    qkv, grad = normal(8, 3, HEADS, HEAD_DIM).float(), normal(8, HEADS, HEAD_DIM).float()
+    both_ways(attention, qkv, grad, offsets((5, 3)).long(), 5, False)
 
 
 def test_flash_attn_is_not_needed(monkeypatch):
