@@ -56,8 +56,9 @@ def encoder_layer(
 ) -> Tensor:
     """x + attention(x), then x + fc2(gelu(fc1(x))), each sequence attending to itself alone.
 
-    x: [R, D] packed rows. parameters: of the E layers. group_offsets: int32 [E+1]. cu_seqlens: int32 [S+1], first row
-    of each sequence. max_seqlen: host upper bound of their lengths. heads: of the attention, of D / heads columns.
+    x: [R, D] packed rows. parameters: of the E layers. group_offsets: int32 [E+1] from 0 on. cu_seqlens: int32 [S+1]
+    from 0 on, first row of each sequence. max_seqlen: host upper bound of their lengths. heads: of the attention, of
+    D / heads columns.
     pre_norm: LayerNorm before each half, of what goes into it, or after it, of the sum. eps: of the norms.
     key_bias: False where the part of `qkv_bias` that is the keys' gets a gradient of zero. equal_lengths: as for
     `varlen_attention`.

@@ -102,8 +102,8 @@ def grouped_conv1d(
     outside the sequence's lengths[p] are zero. Sequences may share input frames (several encoders, one clip).
 
     x: [S, C] input frames. weight: [E, N, taps, C / groups] (nn.Conv1d's weight with its last two axes swapped).
-    bias: [E, N]. starts, lengths, encoder: int32 [P]. cu_seqlens: int32 [P+1], first output row of each sequence;
-    its differences decide how many frames a sequence gives. num_rows: host bound of cu_seqlens[-1].
+    bias: [E, N]. starts, lengths, encoder: int32 [P]. cu_seqlens: int32 [P+1] from 0 on, first output row of each
+    sequence; its differences decide how many frames a sequence gives. num_rows: host bound of cu_seqlens[-1].
     positions: [E, Tmax, N]. residual: [num_rows, N]. activation: "" or "gelu" (erf).
     Returns [num_rows, N]; rows past cu_seqlens[-1] are unspecified.
     Floor: 2 R N taps C / groups FLOPs for R output rows; S C + R N elements moved.

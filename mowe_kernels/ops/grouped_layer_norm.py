@@ -54,7 +54,8 @@ def grouped_layer_norm(
 ) -> Tensor:
     """act(LayerNorm(x) * weight[e] + bias[e]) over the last dimension, e being the encoder of the row's group.
 
-    x: [R, D] packed rows. weight, bias: [E, D]. group_offsets: int32 [E+1]. activation: "" or "gelu" (erf).
+    x: [R, D] packed rows. weight, bias: [E, D]. group_offsets: int32 [E+1] from 0 on. activation: "" or "gelu"
+    (erf).
     Returns [R, D] in the type of x, statistics in float32; rows past group_offsets[-1] are unspecified. The residual
     sum before a norm belongs to the epilogue of `grouped_linear`.
     Floor: 2 R D elements moved. Raises ValueError for shapes or types that do not fit or an unknown activation.

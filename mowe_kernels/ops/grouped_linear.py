@@ -76,8 +76,8 @@ def grouped_linear(
 ) -> Tensor:
     """row_scale * act(x @ weight[e].T + bias[e]) + residual, e being the encoder whose group a row lies in.
 
-    x: [R, K] packed rows. weight: [E, N, K]. bias: [E, N]. group_offsets: int32 [E+1], first row of each encoder.
-    activation: "" or "gelu" (erf). residual: [R, N]. row_scale: [R].
+    x: [R, K] packed rows. weight: [E, N, K]. bias: [E, N]. group_offsets: int32 [E+1] from 0 on, first row of each
+    encoder. activation: "" or "gelu" (erf). residual: [R, N]. row_scale: [R].
     Returns [R, N] in the type of x, accumulated in float32; rows past group_offsets[-1] are unspecified.
     Floor: 2 R N K FLOPs; R (K + N) + E N K elements moved.
     Raises ValueError for shapes or types that do not fit or an unknown activation.

@@ -35,8 +35,8 @@ def grouped_linear_nf4(
 ) -> Tensor:
     """act(x @ weight[e].T + bias[e]) + residual, e being the encoder whose group a row lies in, weights as in `matrix`.
 
-    x: [R, K] packed rows. matrix: E matrices [N, K]. bias: [E, N]. group_offsets: int32 [E+1], first row of each.
-    activation: "" or "gelu". residual: [R, N].
+    x: [R, K] packed rows. matrix: E matrices [N, K]. bias: [E, N]. group_offsets: int32 [E+1] from 0 on, first row of
+    each. activation: "" or "gelu". residual: [R, N].
     Returns [R, N] in the type of x, to which the weights are rounded, accumulated in float32.
     Raises ValueError for shapes or types that do not fit or an unknown activation.
     """

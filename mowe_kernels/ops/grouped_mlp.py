@@ -77,7 +77,7 @@ def grouped_mlp(
     """x + fc2(gelu(fc1(LayerNorm(x)))) with each encoder's own parameters; without norm weights, no LayerNorm.
 
     x: [R, D] packed rows. norm_weight, norm_bias: [E, D]. fc1_weight: [E, F, D], fc1_bias: [E, F],
-    fc2_weight: [E, D, F], fc2_bias: [E, D]. group_offsets: int32 [E+1].
+    fc2_weight: [E, D, F], fc2_bias: [E, D]. group_offsets: int32 [E+1] from 0 on.
     Returns [R, D]; rows past group_offsets[-1] are unspecified. The backward recomputes the hidden values.
     Floor: 4 R D F FLOPs; 2 R D + 2 E D F elements moved. Raises ValueError for shapes or
     types that do not fit.

@@ -151,8 +151,8 @@ def mixture_project(
     base: [Rb, Db] packed frames; clip b's are base_starts[b] .. + base_lengths[b] (int32 [B]). rows: per family
     [R_f, D_f]. row_offsets: per family int32 [P+1]. position: int32 [B, k], sorted pair serving each slot.
     weights: [B, k] float32, multiplied in the accumulator. base_weight: [N, taps, Db]. row_weights: per family
-    [k, N, taps, D_f]. bias: [N]. cu_seqlens: int32 [B+1], first output row of each clip. num_rows: host bound of
-    cu_seqlens[-1]. activation: "" or "gelu" (erf).
+    [k, N, taps, D_f]. bias: [N]. cu_seqlens: int32 [B+1] from 0 on, first output row of each clip. num_rows: host
+    bound of cu_seqlens[-1]. activation: "" or "gelu" (erf).
     Returns [num_rows, N]; rows past cu_seqlens[-1] are unspecified.
     Floor: 2 R N taps (Db + sum of the slots' widths) FLOPs; every feature read once.
     Raises ValueError for shapes or types that do not fit.

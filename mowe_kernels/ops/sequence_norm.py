@@ -61,7 +61,8 @@ def sequence_norm(
 ) -> Tensor:
     """act((x - mean) / std * weight[e] + bias[e]), mean and std of each channel over the frames of its sequence.
 
-    x: [R, N] packed rows. weight, bias: [E, N]. encoder: int32 [P]. cu_seqlens: int32 [P+1]. activation: "" or "gelu".
+    x: [R, N] packed rows. weight, bias: [E, N]. encoder: int32 [P]. cu_seqlens: int32 [P+1] from 0 on. activation: ""
+    or "gelu".
     Returns [R, N]; rows past cu_seqlens[-1] are unspecified. It is `nn.GroupNorm(N, N)` of HuBERT's and wav2vec 2.0's
     first convolution, which padding would change. Floor: 3 R N elements moved (two reads, one write).
     Raises ValueError for shapes or types that do not fit.

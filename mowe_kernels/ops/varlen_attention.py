@@ -57,8 +57,8 @@ def varlen_attention(
 ) -> Tensor:
     """softmax(scale * q @ k.T) @ v within each sequence and head, every row seeing every row of its sequence.
 
-    qkv: [R, 3, H, Dh], queries, keys and values of the packed rows. cu_seqlens: int32 [S+1], first row of each
-    sequence (lengths may be zero). max_seqlen: host upper bound of the lengths. scale: 1 / sqrt(Dh) by default.
+    qkv: [R, 3, H, Dh], queries, keys and values of the packed rows. cu_seqlens: int32 [S+1] from 0 on, first row of
+    each sequence (lengths may be zero). max_seqlen: host upper bound of the lengths. scale: 1 / sqrt(Dh) by default.
     equal_lengths: a promise that every sequence has max_seqlen rows or none.
     Returns [R, H, Dh] in the type of qkv, softmax in float32; rows past cu_seqlens[-1] are unspecified.
     Floor: 4 H Dh sum(T^2) FLOPs over the sequence lengths T; 4 R H Dh elements moved.
