@@ -112,7 +112,8 @@ class _Clips:
 
     def targets(self, features: _Features) -> tuple[Tensor, Tensor]:
         """Base frames of the places of the padded time line [k, stride, M], and the rows that saw them [reach, M]."""
-        places = self.rows + self.starts.shape[0] * (self.reach - 1)
+        clips = self.starts.shape[0]
+        places = self.rows + clips * (self.reach - 1) if clips else 0
         targets = self.starts.new_empty(features.slots, self.stride, places)
         origins = self.starts.new_empty(self.reach, places)
         launch(

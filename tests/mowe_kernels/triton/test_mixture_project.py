@@ -112,6 +112,19 @@ def test_without_weak_features():
         )
 
 
+def test_rows_without_a_clip():
+    base, weight = (torch.ones(*shape, device=DEVICE, requires_grad=True) for shape in ((5, 4), (3, 3, 4)))
+    none = torch.zeros(0, dtype=torch.int32, device=DEVICE)
+    with use_backend("triton"):
+        out = mixture_project(
+            base, [], none.view(0, 1).float(), base_starts=none, base_lengths=none, row_offsets=[],
+            position=none.view(0, 1), base_weight=weight, row_weights=[], bias=None, base_clock=CLOCKS["ties"][0],
+            row_clocks=[], cu_seqlens=none.new_zeros(1), num_rows=3, stride=2,
+        )  # fmt: skip
+        grads = torch.autograd.grad(out, (base, weight), torch.full_like(out, torch.nan))
+    assert not any(grad.any() for grad in grads)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("capability", [80, 90])
 def test_settings_of_every_architecture(dtype, capability, monkeypatch):
