@@ -66,7 +66,7 @@ def forward(
     tile = fitted_tile("conv_tile", TILES, num_rows, n // groups, taps * channels, x, groups)
     launch(
         _conv1d.grouped_conv1d_fwd_kernel,
-        (num_rows // tile.rows + pairs) * groups * cdiv(n // groups, tile.cols),
+        (num_rows // tile.rows + pairs) * groups * cdiv(n // groups, tile.cols) if pairs else 0,
         *contiguous(x, weight, bias, starts, lengths, encoder, cu_seqlens, positions, residual),
         pre if save_pre else None, out, pairs, 0 if positions is None else positions.shape[1],
         N=n, TAPS=taps, CG=channels, GROUPS=groups, STRIDE=stride, PADDING=padding, GELU=activation == "gelu",

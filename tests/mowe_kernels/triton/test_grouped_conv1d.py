@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from mowe_kernels import grouped_conv1d, use_backend
-from mowe_kernels.triton._launch import ARCHITECTURES, assume, override
+from mowe_kernels.triton import grouped_conv1d as kernels
+from mowe_kernels.triton._launch import ARCHITECTURES, assume, override, record
 from mowe_kernels.triton.grouped_linear import Tile
 from tests.mowe_kernels.checks import Inputs, raises, table
 from tests.mowe_kernels.test_grouped_conv1d import BATCHES, EPILOGUES, SHAPES, Batch, Shape, make_inputs
@@ -104,6 +105,14 @@ def test_sequences_in_any_order():
     pairs = tuple((clip if clip % 8 == 1 else None, clip * 7 % 3) for clip in range(270))
     with override(**SMALL):
         check(Batch((2,) * 270, pairs), SHAPES["whisper 1"], ())
+
+
+def test_without_a_sequence_nothing_is_launched():
+    none = torch.empty(0, dtype=torch.int32, device="meta")
+    x, weight = torch.empty(300, 4, device="meta"), torch.empty(1, 6, 3, 4, device="meta")
+    with record(90) as launches:
+        kernels.forward(x, weight, None, none, none, none, none.new_empty(1), None, None, 300, 1, 1, 1, "", False)
+    assert not launches
 
 
 def test_a_clip_alone_is_the_clip_in_a_batch():
