@@ -22,6 +22,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from mowe.data import Example
 from mowe.errors import ConfigError
+from mowe.families.stacked import StackedNorm
 from mowe.training.data import FrameBatches
 from mowe.training.parts import Parts
 from mowe.training.routing import RoutingMeter
@@ -77,6 +78,11 @@ class MoweTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         )
         return self.accelerator.prepare(loader)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As in transformers, which tells norms by their names, those of HuBERT's convolutions too."""
+        norms = [f"{name}." for name, module in model.named_modules() if isinstance(module, StackedNorm)]
+        return [name for name in super().get_decay_parameter_names(model) if not name.startswith(tuple(norms))]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         with trainer_settings():

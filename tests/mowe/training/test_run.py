@@ -20,15 +20,26 @@ from transformers import TrainerCallback, TrainingArguments
 from mowe import EncoderPool, MoweForConditionalGeneration
 from mowe.data import read_manifest
 from mowe.errors import AudioError, CheckpointError, ConfigError, DataError
+from mowe.families.stacked import StackedNorm
 from mowe.losses import RouterLogits, router_loss_terms
 from mowe.training import TrainConfig, train
 from mowe.training.data import Collator
 from mowe.training.log import read_lines
 from mowe.training.picture import training_picture
 from mowe.training.routing import RoutingMeter
+from mowe.training.trainer import MoweTrainer
 from tests.mowe.audio_llm import language_model, processor_of, tiny_model
 from tests.mowe.encoders import clip, hubert, whisper
 from tests.mowe.tokenizer import byte_tokenizer
+
+
+def test_norms_do_not_decay() -> None:
+    pool = EncoderPool.from_encoders([whisper(0), hubert(0, feat_extract_norm="layer")])
+    norms = {name for name, module in pool.named_modules() if isinstance(module, StackedNorm)}
+    decay = MoweTrainer.get_decay_parameter_names(object.__new__(MoweTrainer), pool)
+    assert any("conv_norms" in name for name in norms)
+    assert norms.isdisjoint(name.rpartition(".")[0] for name in decay)
+    assert {"families.0.layers.0.qkv.weight", "families.1.convs.0.weight"} <= {*decay}
 
 
 class OneProcess:
