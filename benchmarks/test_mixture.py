@@ -30,7 +30,7 @@ FLOORS = [
     ("tiny4/full/2", "padded_loop", "packed", 0.7),
     ("hubert1/8s/1", "per_clip", "packed", 0.75),
     ("tiny4/speech/2", "nf4_loop", "packed_nf4", 3.5),
-    ("tiny4/speech/2", "naive", "mixture", 4.0),
+    ("tiny4/speech/2", "naive", "mixture", 3.4),
     ("tiny4/speech/2", "padded_loop_step", "packed_step", 3.0),
 ]
 OP_FLOORS = {
