@@ -52,15 +52,18 @@ class MixtureOutput:
         return self.tokens.narrow(0, sum(self.lengths[:index]), self.lengths[index])
 
     def padded(self) -> tuple[Tensor, Tensor]:
-        """[B, max T, H] with zeros after each clip's tokens, and the mask bool [B, max T] of those that are real."""
-        device, (rows, width) = self.tokens.device, self.tokens.shape
+        """[B, max T, H] with zeros after each clip's tokens, and the mask bool [B, max T] of those that are real.
+
+        Compiled, it makes one graph for all lengths, but one for each clip that is ever the longest where torch takes
+        them from its cache on disk.
+        """
+        device, (rows, width), clips = self.tokens.device, self.tokens.shape, len(self.lengths)
         longest = reduce(torch.sym_max, self.lengths)  # which clip's it is must not decide on a compiled graph
         lengths = device_lengths([self.lengths], device)[0]
-        missing = longest - lengths
-        before = (missing.cumsum(0) - missing).repeat_interleave(lengths, output_size=rows)
-        padded = self.tokens.new_zeros(len(self.lengths) * longest, width)
-        padded = padded.index_copy(0, torch.arange(rows, device=device) + before, self.tokens)
-        return padded.view(-1, longest, width), torch.arange(longest, device=device) < lengths[:, None]
+        clip = torch.arange(clips, device=device).repeat_interleave(lengths, output_size=rows)
+        place = torch.arange(rows, device=device) - (lengths.cumsum(0) - lengths)[clip]
+        padded = self.tokens.new_zeros(clips, longest, width).index_put((clip, place), self.tokens)
+        return padded, torch.arange(longest, device=device) < lengths[:, None]
 
 
 torch.export.register_dataclass(MixtureOutput)  # as the pool's output, and for the same reasons

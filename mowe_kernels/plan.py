@@ -181,7 +181,9 @@ class PackPlan:
                 elif not equal:
                     bound = -(-bound // ROWS_AT_ONCE) * ROWS_AT_ONCE
             offsets = self.group_offsets[level, low : high + 1]
-            levels.append(Level(cu_seqlens, offsets, bound, max((0, *lengths)), equal))
+            # Which clip is the longest must not decide on a compiled graph; on one from torch's cache on disk it would.
+            longest = sum(lengths) if torch.compiler.is_compiling() else max((0, *lengths))
+            levels.append(Level(cu_seqlens, offsets, bound, longest, equal))
         return FamilyPlan(self.order // slots, self.encoder - low if low else self.encoder, tuple(levels))
 
 

@@ -106,7 +106,7 @@ def test_what_the_host_knows(routing, monkeypatch):
             bounded = plan.family(f)
         for level, bound in zip(exact.levels, bounded.levels, strict=True):
             assert level.num_rows == int(level.cu_seqlens[-1]) <= bound.num_rows
-            assert level.max_seqlen == bound.max_seqlen >= int(level.lengths.max())
+            assert bound.max_seqlen >= level.max_seqlen >= int(level.lengths.max())
             assert level.cu_seqlens.dtype == level.group_offsets.dtype == torch.int32
         assert exact.rows is exact.levels[-1]
         assert exact.clip.dtype == exact.encoder.dtype == plan.position.dtype == torch.int32
