@@ -68,7 +68,7 @@ def run(
         results, failed = [], {}
 
         def fails(title: str, error: Exception) -> None:
-            """On a GPU, which is lent for minutes: what is there counts, whatever comes after."""
+            """On a GPU, whose time is dear: what was measured stays, whatever fails after it."""
             if device != "cuda":
                 raise error
             failed[title] = _shortly(error)

@@ -101,9 +101,6 @@ def grouped_conv1d_fwd_kernel(
         write(
             quarters[i],
             None if p_bias is None else p_bias + encoder * N,
-            None,
-            None,
-            None if p_positions is None else p_positions + there * N,
             None if p_residual is None else p_residual + here,
             None if p_pre is None else p_pre + here,
             p_out + here,
@@ -112,7 +109,8 @@ def grouped_conv1d_fwd_kernel(
             group * NG + NG,
             N,
             GELU,
-            max_positions - first,
+            p_positions=None if p_positions is None else p_positions + there * N,
+            positions=max_positions - first,
         )
 
 

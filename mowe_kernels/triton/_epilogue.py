@@ -14,8 +14,8 @@ ROWS = 8  # of a program that only passes over them
 
 @triton.jit
 def write(
-    b_y, p_bias, p_scale, p_through, p_positions, p_residual, p_pre, p_out, rows, column, columns, N: tl.constexpr,
-    GELU: tl.constexpr, positions=0,
+    b_y, p_bias, p_residual, p_pre, p_out, rows, column, columns, N: tl.constexpr, GELU: tl.constexpr,
+    p_scale=None, p_through=None, p_positions=None, positions=0,
 ):  # fmt: skip
     """out = act(y + bias) * scale * gelu'(through) + positions + residual; pre is kept before the activation.
 

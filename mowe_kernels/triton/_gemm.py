@@ -54,9 +54,6 @@ def finish(
     write(
         acc,
         None if p_bias is None else p_bias + group * N,
-        None if p_scale is None else p_scale + row,
-        None if p_through is None else p_through + first,
-        None,
         None if p_residual is None else p_residual + first,
         None if p_pre is None else p_pre + first,
         p_out + first,
@@ -65,6 +62,8 @@ def finish(
         N,
         N,
         GELU,
+        p_scale=None if p_scale is None else p_scale + row,
+        p_through=None if p_through is None else p_through + first,
     )
 
 
