@@ -22,7 +22,8 @@ using torch::stable::Tensor;
 
 constexpr int kMaxStacks = 8;  // in one launch; a layer has four
 constexpr int kThreads = 256;
-constexpr int kStep = 8;  // values a thread writes: 4 bytes of codes, one store of 16 bits a value
+constexpr int kStep = 8;   // values a thread writes at once: 4 bytes of codes, one store of 16 bits a value
+constexpr int kTurns = 4;  // of such steps: what they read is on its way together
 
 struct Layer {
   Stack stacks[kMaxStacks];
@@ -32,8 +33,10 @@ __device__ inline float rounded(float value, float) { return value; }
 __device__ inline __half rounded(float value, __half) { return __float2half_rn(value); }
 __device__ inline __nv_bfloat16 rounded(float value, __nv_bfloat16) { return __float2bfloat16_rn(value); }
 
-__device__ inline float scale_of(const Stack& s, int64_t e, int64_t block) {
-  const int64_t blocks = (s.count + s.blocksize - 1) / s.blocksize;
+// The scale of a value; block sizes are powers of two, and a division would take longer than everything else here.
+__device__ inline float scale_of(const Stack& s, int64_t e, int64_t value) {
+  const int shift = __ffsll(s.blocksize) - 1;
+  const int64_t blocks = (s.count + s.blocksize - 1) >> shift, block = value >> shift;
   if (!s.nested_absmax) return static_cast<const float*>(s.absmax)[e * blocks + block];
   const int64_t nested = (blocks + kNestedBlock - 1) / kNestedBlock;
   const uint8_t index = static_cast<const uint8_t*>(s.absmax)[e * blocks + block];
@@ -41,7 +44,17 @@ __device__ inline float scale_of(const Stack& s, int64_t e, int64_t block) {
   return __fadd_rn(product, s.nested_offset[e]);
 }
 
-// grid: (tiles of kStep kThreads values, E, stacks).
+// The codes of up to kStep values, the first in the lowest byte.
+__device__ inline uint32_t codes_at(const uint8_t* codes, int count) {
+  if (count == kStep && reinterpret_cast<uintptr_t>(codes) % 4 == 0) return *reinterpret_cast<const uint32_t*>(codes);
+  uint32_t word = 0;
+#pragma unroll
+  for (int i = 0; i < kStep / 2; ++i)
+    if (2 * i < count) word |= uint32_t{codes[i]} << 8 * i;
+  return word;
+}
+
+// grid: (tiles of kTurns kThreads kStep values, E, stacks).
 template <typename T>
 __global__ void nf4_dequantize_grouped_kernel(Layer layer, const int32_t* group_offsets) {
   constexpr float kCode[16] = MOWE_NF4_CODE;
@@ -52,28 +65,36 @@ __global__ void nf4_dequantize_grouped_kernel(Layer layer, const int32_t* group_
   for (int i = 0; i < 16; ++i)
     if (threadIdx.x == i) code[i] = kCode[i];
   __syncthreads();
-  const Stack& s = layer.stacks[blockIdx.z];
-  const int64_t first = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kStep;
-  if (first >= s.count) return;
-  const int count = min(int64_t{kStep}, s.count - first);
-  const uint8_t* codes = s.codes + e * ((s.count + 1) / 2) + first / 2;
-  T* out = static_cast<T*>(s.out) + e * s.count + first;
-  const float scale = scale_of(s, e, first / s.blocksize);
-
-  alignas(4) uint8_t bytes[kStep / 2] = {};
-  if (count == kStep && reinterpret_cast<uintptr_t>(codes) % sizeof(bytes) == 0)
-    *reinterpret_cast<uint32_t*>(bytes) = *reinterpret_cast<const uint32_t*>(codes);
-  else
-    for (int i = 0; i < (count + 1) / 2; ++i) bytes[i] = codes[i];
-  alignas(16) T values[kStep];
+  const Stack s = layer.stacks[blockIdx.z];
+  auto first = [](int turn) { return ((int64_t{blockIdx.x} * kTurns + turn) * kThreads + threadIdx.x) * kStep; };
+  uint32_t words[kTurns];
+  float scales[kTurns];
 #pragma unroll
-  for (int i = 0; i < kStep; ++i)
-    values[i] = rounded(__fmul_rn(code[i % 2 ? bytes[i / 2] & 15 : bytes[i / 2] >> 4], scale), T());
-  if (count == kStep && reinterpret_cast<uintptr_t>(out) % 16 == 0)
-    for (int i = 0; i < static_cast<int>(sizeof(values) / 16); ++i)
-      reinterpret_cast<uint4*>(out)[i] = reinterpret_cast<const uint4*>(values)[i];
-  else
-    for (int i = 0; i < count; ++i) out[i] = values[i];
+  for (int turn = 0; turn < kTurns; ++turn) {
+    const int64_t value = first(turn);
+    if (value >= s.count) break;
+    words[turn] = codes_at(s.codes + e * ((s.count + 1) / 2) + value / 2, min(int64_t{kStep}, s.count - value));
+    scales[turn] = scale_of(s, e, value);
+  }
+#pragma unroll
+  for (int turn = 0; turn < kTurns; ++turn) {
+    const int64_t value = first(turn);
+    if (value >= s.count) break;
+    const int count = min(int64_t{kStep}, s.count - value);
+    T* out = static_cast<T*>(s.out) + e * s.count + value;
+    alignas(16) T values[kStep];
+#pragma unroll
+    for (int i = 0; i < kStep; ++i)
+      values[i] = rounded(__fmul_rn(code[words[turn] >> (i % 2 ? 4 * i - 4 : 4 * i + 4) & 15], scales[turn]), T());
+    if (count == kStep && reinterpret_cast<uintptr_t>(out) % 16 == 0)
+#pragma unroll
+      for (int i = 0; i < static_cast<int>(sizeof(values) / 16); ++i)
+        reinterpret_cast<uint4*>(out)[i] = reinterpret_cast<const uint4*>(values)[i];
+    else
+#pragma unroll
+      for (int i = 0; i < kStep; ++i)  // no index that only the device knows: that would put `values` into memory
+        if (i < count) out[i] = values[i];
+  }
 }
 
 // How many of the midpoints between two codes lie below a value: the index of the nearest code. NaN gets the last.
@@ -161,7 +182,7 @@ Tensors nf4_dequantize_grouped(
     std::copy_n(stacks.begin() + first, number, layer.stacks);
     int64_t largest = 0;
     for (const Stack& s : layer.stacks) largest = std::max(largest, s.count);
-    const dim3 grid(tiles(largest, kStep * kThreads), group_offsets.size(0) - 1, number);
+    const dim3 grid(tiles(largest, kTurns * kThreads * kStep), group_offsets.size(0) - 1, number);
     with_type(dtype, [&](auto type) {
       nf4_dequantize_grouped_kernel<decltype(type)><<<grid, kThreads, 0, stream_of(group_offsets)>>>(
           layer, static_cast<const int32_t*>(group_offsets.data_ptr()));

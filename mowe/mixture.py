@@ -89,6 +89,7 @@ class Mixture(KeepsFixed, nn.Module):
         """The mixture over packed base features and the clips they come from, in its own dtype, autocast or not."""
         device = base.rows.device
         with torch.autocast(device.type, enabled=False):
+            self.pool.prepare(features)
             summary = sequence_mean(base.rows, base.starts, device_lengths([base.lengths], device)[0])
             routing = self.router(summary, self.pool.lengths(features), self.pool.layout(device))
             weak = self.pool(features, routing.plan)

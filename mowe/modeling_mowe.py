@@ -180,10 +180,12 @@ class MoweModel(MowePreTrainedModel):
         if device not in self._layouts:
             self._layouts[device] = PackLayout.build([0], [tower.num_levels], device)
         levels = tower.lengths(features)
+        tower.prepare(features)
         one = torch.zeros(len(audio.lengths), 1, dtype=torch.int64, device=device)
         plan = PackPlan.build(one, levels, self._layouts[device]).family(0)
         own = tuple(tower.level_lengths(samples, "valid")[-1] for samples in audio.lengths)
-        return BaseFeatures(tower(features, plan), plan.rows.starts, own, tower.clock)
+        rows = tower(features, plan)[: sum(levels[-1])]  # a plan may have room for more
+        return BaseFeatures(rows, plan.rows.starts, own, tower.clock)
 
     def embed(
         self, input_ids: Tensor, input_features: Tensor | None, input_features_mask: Tensor | None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import pairwise
 from os import PathLike
 from typing import Any, cast
 
@@ -58,14 +59,13 @@ class PoolOutput:
         slots = plan.position.shape[1]
         tables = [plan.position.flatten(), *map(plan.row_offsets, range(len(self.rows)))]
         places, *bounds = (part.tolist() for part in torch.cat(tables).cpu().split(list(map(len, tables))))
-
-        def find(place: int) -> Tensor | None:
-            for rows, first in zip(self.rows, bounds, strict=True):
-                if first[place] < first[place + 1]:
-                    return rows[first[place] : first[place + 1]]
-            return None
-
-        return [[find(place) for place in places[at : at + slots]] for at in range(0, len(places), slots)]
+        # One view for all pairs of a family: the gradients of single slices would each be as large as all rows.
+        pieces = [
+            rows.split([*(b - a for a, b in pairwise(first)), len(rows) - first[-1]])
+            for rows, first in zip(self.rows, bounds, strict=True)
+        ]
+        found = [next((own[place] for own in pieces if len(own[place])), None) for place in places]
+        return [found[at : at + slots] for at in range(0, len(found), slots)]
 
 
 # So that torch sees the tensors in it: DistributedDataParallel with a static graph would not wait for their gradients,
@@ -181,6 +181,11 @@ class EncoderPool(KeepsFixed, nn.Module):
         """[L][B]: frames of each clip at each level of each family."""
         return [level for family in self.families for level in family.lengths(features)]
 
+    def prepare(self, features: ClipFeatures) -> None:
+        """Have a GPU make what the families read, before there is a plan."""
+        for family in self.families:
+            family.prepare(features)
+
     def forward(self, features: ClipFeatures, plan: PackPlan) -> PoolOutput:
         """Run every pair of the plan."""
         return PoolOutput(tuple(family(features, plan.family(i)) for i, family in enumerate(self.families)), plan)
@@ -198,6 +203,7 @@ class EncoderPool(KeepsFixed, nn.Module):
         device = next(self.parameters()).device
         features = ClipFeatures(AudioBatch.from_waveforms(waveforms, device), context or self.config.context)
         chosen, lengths = self._check_indices(indices, len(waveforms)), self.lengths(features)
+        self.prepare(features)
         on_device = chosen.to(device, non_blocking=device.type == "cuda")
         out = self(features, PackPlan.build(on_device, lengths, self.layout(device)))
         if chosen.device.type != "cpu" or device.type == "cpu":

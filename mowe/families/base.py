@@ -137,6 +137,11 @@ class EncoderFamily(KeepsFixed, nn.Module):
         """Packed input frames [S, C] of all clips and the first frame of each, int32 [B]."""
         raise NotImplementedError
 
+    def prepare(self, features: ClipFeatures) -> None:
+        """Have a GPU make the inputs now: it is busy with them while the host lays out who reads them."""
+        if next(self.parameters()).device.type != "cpu" and not torch.compiler.is_compiling():
+            self.inputs(features)
+
     def encode(self, x: Tensor, starts: Tensor, plan: FamilyPlan) -> Tensor:
         """Input frames [S, C], first frame of each pair int32 [P] -> packed rows [R, hidden_size]."""
         raise NotImplementedError
