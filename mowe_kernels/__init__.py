@@ -9,7 +9,7 @@ from mowe_kernels.ops.grouped_linear import grouped_linear
 from mowe_kernels.ops.grouped_linear_nf4 import grouped_linear_nf4, multiplies_in_4_bits
 from mowe_kernels.ops.grouped_mlp import grouped_mlp
 from mowe_kernels.ops.mixture_project import FrameClock, mixture_project
-from mowe_kernels.ops.nf4_dequantize_grouped import Nf4Matrix, nf4_dequantize_grouped
+from mowe_kernels.ops.nf4_dequantize_grouped import Nf4Matrix, Nf4Stacks, nf4_dequantize_grouped
 from mowe_kernels.ops.pack_plan import pack_plan
 from mowe_kernels.ops.route_topk import route_topk
 from mowe_kernels.ops.sequence_mean import sequence_mean
@@ -25,6 +25,7 @@ __all__ = [
     "LayerParameters",
     "Level",
     "Nf4Matrix",
+    "Nf4Stacks",
     "Nf4Weight",
     "PackLayout",
     "PackPlan",

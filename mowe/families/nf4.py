@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from mowe_kernels import (
     Level,
     Nf4Matrix,
+    Nf4Stacks,
     Nf4Weight,
     grouped_linear_nf4,
     multiplies_in_4_bits,
@@ -31,6 +33,7 @@ class Nf4StackedLinear(nn.Module):
         for name in _SCALES:
             self.register_buffer(name, getattr(weight, name))
         self.bias = bias
+        self.kept_stacks: tuple[list[Tensor | None], Nf4Stacks] | None = None  # of a layer that begins with this
 
     @property
     def quantized(self) -> Nf4Weight:
@@ -40,7 +43,8 @@ class Nf4StackedLinear(nn.Module):
     @property
     def matrix(self) -> Nf4Matrix:
         """The same as the ops take it, which check it themselves."""
-        return Nf4Matrix(self.codes, *(getattr(self, name) for name in _SCALES), *self.shape, self.blocksize)
+        held: Any = self._buffers  # as in `own`
+        return Nf4Matrix(held["codes"], *map(held.get, _SCALES), *self.shape, self.blocksize)
 
     @property
     def weight(self) -> Tensor:
@@ -55,6 +59,7 @@ class Nf4StackedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Moves between devices; the scales stay in float32 whatever type the model is cast to."""
+        self.kept_stacks = None  # else the old ones would stay in memory
         before = {name: getattr(self, name) for name in _SCALES}
         super()._apply(fn, recurse)
         for name, scale in before.items():
@@ -87,8 +92,19 @@ def layer_weights(linears: Sequence[Any], rows: Level) -> list[Tensor]:
     packed = [linear for linear in linears if isinstance(linear, Nf4StackedLinear)]
     if not packed:
         return [own(linear, "weight") for linear in linears]
-    full = iter(nf4_dequantize_grouped([linear.matrix for linear in packed], rows.group_offsets, packed[0].bias.dtype))
+    full = iter(nf4_dequantize_grouped(_stacks(packed), rows.group_offsets, own(packed[0], "bias").dtype))
     return [next(full) if isinstance(linear, Nf4StackedLinear) else linear.weight for linear in linears]
+
+
+def _stacks(linears: Sequence[Nf4StackedLinear]) -> Nf4Stacks:
+    """Their matrices, checked anew only where a buffer is another tensor than the last time."""
+    if torch.compiler.is_compiling():
+        return Nf4Stacks.of([linear.matrix for linear in linears])
+    buffers = [buffer for linear in linears for buffer in linear._buffers.values()]
+    kept = linears[0].kept_stacks
+    if kept is None or len(kept[0]) != len(buffers) or not all(map(is_, kept[0], buffers)):
+        kept = linears[0].kept_stacks = (buffers, Nf4Stacks.of([linear.matrix for linear in linears]))
+    return kept[1]
 
 
 def _quantize(weight: Tensor, double_quant: bool) -> Nf4Weight:

@@ -50,6 +50,30 @@ class Nf4Matrix(NamedTuple):
                 check_shape(op, name, tensor, shape, "scales of the scales")
 
 
+class Nf4Stacks(NamedTuple):
+    """Matrices as the op takes them: whoever asks for the same ones again and again makes them once."""
+
+    codes: list[Tensor]
+    absmax: list[Tensor]
+    nested_absmax: list[Tensor]
+    nested_offset: list[Tensor]
+    nested_code: list[Tensor]
+    sizes: list[int]
+
+    @classmethod
+    def of(cls, matrices: Sequence[Nf4Matrix]) -> Nf4Stacks:
+        """Raises ValueError for sizes or types that do not fit each other, other numbers of matrices, and for none."""
+        op = "nf4_dequantize_grouped"
+        check(len(matrices) > 0, op, "matrices must be one or more, got none")
+        encoders = len(matrices[0].codes)
+        for matrix in matrices:
+            matrix.check(op)
+            check(len(matrix.codes) == encoders, op, f"all must be {encoders} matrices, got {len(matrix.codes)}")
+        absent = matrices[0].absmax.new_empty(0, dtype=torch.float32)
+        stacks = ([absent if t is None else t for t in column] for column in list(zip(*matrices, strict=True))[:5])
+        return cls(*stacks, [n for m in matrices for n in (m.rows, m.columns, m.blocksize)])
+
+
 def _fake(codes, absmax, nested_absmax, nested_offset, nested_code, sizes, group_offsets, dtype):
     shapes = zip(codes, sizes[::3], sizes[1::3], strict=True)
     return [c.new_empty((c.shape[0], rows, columns), dtype=dtype) for c, rows, columns in shapes]
@@ -65,7 +89,9 @@ _op = Op(
 )
 
 
-def nf4_dequantize_grouped(matrices: Sequence[Nf4Matrix], group_offsets: Tensor, dtype: torch.dtype) -> list[Tensor]:
+def nf4_dequantize_grouped(
+    matrices: Sequence[Nf4Matrix] | Nf4Stacks, group_offsets: Tensor, dtype: torch.dtype
+) -> list[Tensor]:
     """Weights [E, rows, columns] in `dtype` of every stack, those of encoders without rows unspecified.
 
     group_offsets: int32 or int64 [E+1], first row of each encoder. The product of value and scale is taken in float32.
@@ -74,12 +100,6 @@ def nf4_dequantize_grouped(matrices: Sequence[Nf4Matrix], group_offsets: Tensor,
     Floor: 0.5 bytes read and one element written for each weight of the encoders in use.
     Raises ValueError for sizes or types that do not fit each other, and for no matrices at all.
     """
-    op = "nf4_dequantize_grouped"
-    check(len(matrices) > 0, op, "matrices must be one or more, got none")
-    for matrix in matrices:
-        matrix.check(op)
-        check_offsets(op, "group_offsets", group_offsets, matrix.codes.shape[0] + 1, "[E+1]")
-    absent = group_offsets.new_empty(0, dtype=torch.float32)
-    nested = ([absent if t is None else t for t in column] for column in list(zip(*matrices, strict=True))[2:5])
-    layout = [n for m in matrices for n in (m.rows, m.columns, m.blocksize)]
-    return list(_op([m.codes for m in matrices], [m.absmax for m in matrices], *nested, layout, group_offsets, dtype))
+    stacks = matrices if isinstance(matrices, Nf4Stacks) else Nf4Stacks.of(matrices)
+    check_offsets("nf4_dequantize_grouped", "group_offsets", group_offsets, stacks.codes[0].shape[0] + 1, "[E+1]")
+    return list(_op(*stacks, group_offsets, dtype))

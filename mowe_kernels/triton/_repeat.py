@@ -14,7 +14,7 @@ from torch import Tensor
 from mowe_kernels.triton._launch import Started, cdiv, current_stream, noting, start
 
 ALIGNMENT = 256  # bytes, between temporaries: more than any kernel asks for
-MOST_BYTES = 2**27  # of temporaries, which all live at once (our choice)
+MOST_BYTES = 2**28  # of temporaries (our choice)
 Step = tuple[Started, int, Callable[[Sequence[Any]], tuple[Any, ...]]]
 
 
@@ -23,7 +23,7 @@ class Repeat(NamedTuple):
     temporaries, then `fixed`, what is no tensor.
 
     steps: how a kernel is started, how many programs, what it picks. results: shapes and types. offsets, size: bytes of
-    the temporaries, which lie in one piece of memory.
+    the temporaries, which lie in one piece of memory, over one another where no launch sees both.
     """
 
     steps: tuple[Step, ...]
@@ -45,6 +45,28 @@ class Repeat(NamedTuple):
         return results
 
 
+class Temporary(NamedTuple):
+    """Bytes, and the first and the last launch that sees them."""
+
+    size: int
+    first: int
+    last: int
+
+
+def laid_out(temporaries: Sequence[Temporary]) -> list[int]:
+    """Where each begins: as low as those allow that are still to be seen. In the order of their first launches."""
+    offsets: list[int] = []
+    for size, first, _ in temporaries:
+        taken = sorted((at, at + t.size) for at, t in zip(offsets, temporaries, strict=False) if t.last >= first)
+        place = 0
+        for begin, end in taken:
+            if begin - place >= size:
+                break
+            place = max(place, end)
+        offsets.append(place)
+    return offsets
+
+
 def noted(
     inputs: Sequence[Tensor], compute: Callable[[], tuple[Tensor, ...]]
 ) -> tuple[tuple[Tensor, ...], Repeat | None]:
@@ -60,8 +82,8 @@ def noted(
         return results, None
     steps: list[Step] = []
     fixed: list[Any] = []
-    offsets, size = [], 0
-    for known, programs, args in launches:
+    temporaries: list[Temporary] = []
+    for step, (known, programs, args) in enumerate(launches):
         picked = []
         for arg in args:
             if not isinstance(arg, Tensor) or not arg.numel():
@@ -76,10 +98,14 @@ def noted(
                 if arg.storage_offset() or address % 16:
                     return results, None
                 place = places[address] = len(places)
-                offsets.append(size)
-                size += cdiv(arg.untyped_storage().nbytes(), ALIGNMENT) * ALIGNMENT
+                size = cdiv(arg.untyped_storage().nbytes(), ALIGNMENT) * ALIGNMENT
+                temporaries.append(Temporary(size, step, step))
+            if place >= len(given):
+                temporaries[place - len(given)] = temporaries[place - len(given)]._replace(last=step)
             picked.append(place)
         steps.append((known, programs, itemgetter(*picked)))
+    offsets = laid_out(temporaries)
+    size = max((offset + each.size for offset, each in zip(offsets, temporaries, strict=True)), default=0)
     if size > MOST_BYTES:
         return results, None
     shapes = tuple((result.shape, result.dtype) for result in results)

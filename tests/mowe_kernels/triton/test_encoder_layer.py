@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from torch import Tensor
 from mowe_kernels import LayerParameters, encoder_layer
 from mowe_kernels.triton import _launch
 from mowe_kernels.triton._launch import override
-from mowe_kernels.triton._repeat import noted
+from mowe_kernels.triton._repeat import Temporary, laid_out, noted
 from mowe_kernels.triton.grouped_linear import Tile
 from mowe_kernels.triton.varlen_attention import Settings
 from tests.mowe_kernels.checks import GROUPS, normal, offsets, rows_with_tail, table
@@ -57,6 +59,8 @@ from mowe_kernels.triton.grouped_mlp import Block
 _launch.Launch.__call__ = lambda self, programs, *args: self._start(-1, programs, args)
 repeated._repeatable = lambda inputs: True
 repeated.attention.choose = lambda *args: repeated.varlen_attention
+# Each has a place of its own, by which it is told from the others.
+_repeat.laid_out = lambda given: [sum(t.size for t in given[:i]) for i in range(len(given))]
 D, E = 64, 2
 
 def layer(shift=0, F=128):
@@ -127,6 +131,19 @@ print("the same")
 
 def test_a_repeated_layer_launches_what_its_parts_do():
     assert printed_by(SCRIPT) == "the same"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_temporaries_lie_over_one_another_where_no_launch_sees_both(seed):
+    draw = random.Random(seed)
+    firsts = sorted(draw.randrange(12) for _ in range(15))
+    temporaries = [Temporary(256 * draw.randint(1, 9), first, first + draw.randrange(6)) for first in firsts]
+    places = [(at, at + t.size, t) for at, t in zip(laid_out(temporaries), temporaries, strict=True)]
+    for (begin, end, one), (other_begin, other_end, other) in combinations(places, 2):
+        together = one.first <= other.last and other.first <= one.last
+        assert not together or end <= other_begin or other_end <= begin
+    together = max(sum(t.size for t in temporaries if t.first <= launch <= t.last) for launch in range(20))
+    assert together <= max(end for _, end, _ in places) < sum(t.size for t in temporaries)
 
 
 def test_what_cannot_be_repeated_is_not():
