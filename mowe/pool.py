@@ -59,12 +59,13 @@ class PoolOutput:
         slots = plan.position.shape[1]
         tables = [plan.position.flatten(), *map(plan.row_offsets, range(len(self.rows)))]
         places, *bounds = (part.tolist() for part in torch.cat(tables).cpu().split(list(map(len, tables))))
-        # One view for all pairs of a family: the gradients of single slices would each be as large as all rows.
-        pieces = [
-            rows.split([*(b - a for a, b in pairwise(first)), len(rows) - first[-1]])
-            for rows, first in zip(self.rows, bounds, strict=True)
-        ]
-        found = [next((own[place] for own in pieces if len(own[place])), None) for place in places]
+        by_place: list[Tensor | None] = [None] * len(places)
+        for rows, first in zip(self.rows, bounds, strict=True):
+            lengths = [b - a for a, b in pairwise(first)]
+            # Split at once: the gradients of single slices would each be as large as all rows.
+            pieces = rows.split([*lengths, rows.shape[0] - first[-1]])
+            by_place = [piece if length else was for was, piece, length in zip(by_place, pieces, lengths, strict=False)]
+        found = [by_place[place] for place in places]
         return [found[at : at + slots] for at in range(0, len(found), slots)]
 
 

@@ -5,6 +5,24 @@ import triton.language as tl
 
 
 @triton.jit
+def exp(x):
+    """e**x, float32, to its last bit or so, NaN for NaN; 0 below 1e-38. The GPU's own takes a power of two of a rounded
+    product, and is several times as far off.
+    """
+    x = tl.maximum(x, -104.0, propagate_nan=tl.PropagateNan.ALL)
+    n = tl.floor(x * 1.4426950408889634 + 0.5)
+    r = tl.fma(n, 2.12194440e-4, tl.fma(n, -0.693359375, x))  # x - n ln 2, the first product exact
+    y = 1.9875691500e-4  # Cephes' expf
+    y = y * r + 1.3981999507e-3
+    y = y * r + 8.3334519073e-3
+    y = y * r + 4.1665795894e-2
+    y = y * r + 1.6666665459e-1
+    y = y * r + 5.0000001201e-1
+    y = y * (r * r) + r + 1.0
+    return y * tl.exp2(n)
+
+
+@triton.jit
 def normal_tail(a):
     """Phi(-a) for a in 0..6, float32, within 1e-5 of itself.
 

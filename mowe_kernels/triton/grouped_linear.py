@@ -58,6 +58,7 @@ CANDIDATES = (
     Tile(128, 128, 64, 8, 3),
     Tile(128, 128, 64, 8, 4),
     Tile(128, 128, 64, 4, 3),
+    Tile(128, 128, 64, 4, 2),
     Tile(128, 256, 64, 8, 3),
     Tile(256, 128, 64, 8, 3),
     Tile(128, 64, 64, 4, 4),
@@ -65,6 +66,7 @@ CANDIDATES = (
     Tile(128, 128, 32, 8, 3),
 )
 FEW_CANDIDATES = (Tile(64, 64, 64, 4, 4), Tile(64, 64, 64, 4, 6), Tile(64, 128, 64, 4, 4), Tile(64, 32, 128, 4, 4))
+SHALLOW = 512  # products of so few summands (our choice): what follows them takes as long, and wants a tile of its own
 TMA_SINCE = 90  # capability from which blocks are fetched through descriptors,
 TMA_PRODUCTS = 2**33  # where there are so many products (our choice): a descriptor is made by the host, for every call
 WGRAD_PROGRAMS_PER_SM = 4
@@ -169,7 +171,7 @@ def _gemm_choice(
 ) -> tuple[Tile, bool]:
     """The block of a program, and whether it is fetched through descriptors."""
     found = hardware(device)
-    tile = gemm_tile(found, dtype, rows, n)
+    tile = gemm_tile(found, dtype, rows, n, k)
     whole = not transposed or k % tile.depth == 0  # else a descriptor reads on into the next encoder's weights
     return tile, whole and worth_describing(found, rows * n * k)
 
@@ -241,12 +243,12 @@ def _through_epilogue(
     )  # fmt: skip
 
 
-def gemm_tile(device: Hardware, dtype: torch.dtype, rows: int, cols: int) -> Tile:
-    """The block of a program for an output [rows, cols]."""
+def gemm_tile(device: Hardware, dtype: torch.dtype, rows: int, cols: int, depth: int) -> Tile:
+    """The block of a program for an output [rows, cols] of sums over `depth` products."""
     large, small = newest(TILES, device, dtype)
     starved = cdiv(rows, large.rows) * cdiv(cols, large.cols) < device.num_sms
-    key = f"{8 * dtype.itemsize} bits, {'few' if starved else 'many'} blocks"
-    return setting("gemm_tile", small if starved else large, device, key)
+    blocks = "few blocks" if starved else "many shallow blocks" if depth <= SHALLOW else "many blocks"
+    return setting("gemm_tile", small if starved else large, device, f"{8 * dtype.itemsize} bits, {blocks}")
 
 
 def newest(table: dict[tuple[int, int], Any], device: Hardware, dtype: torch.dtype) -> Any:
@@ -314,20 +316,24 @@ def _descriptor(matrix: Tensor, block: tuple[int, int]) -> TensorDescriptor:
 
 
 def tunings(device: torch.device, rows: int) -> Iterator[Tuning]:
-    """The first linear layer of a Whisper-tiny's feed-forward half over packed rows, and the gradient of its weight."""
+    """Both linear layers of a Whisper-tiny's feed-forward half over packed rows, and the gradient of a weight."""
     rows = rows // 8 * 8
     x, hidden = (torch.randn(rows, n, dtype=torch.bfloat16, device=device) for n in (384, 1536))
-    weight = torch.randn(8, 1536, 384, dtype=torch.bfloat16, device=device) / 20
-    bias = weight[:, :, 0].contiguous()
+    up = torch.randn(8, 1536, 384, dtype=torch.bfloat16, device=device) / 20
+    up_bias, down, down_bias = (part.contiguous() for part in (up[:, :, 0], up.mT, up[:, 0]))
     offsets = torch.arange(9, dtype=torch.int32, device=device) * (rows // 8)
 
-    def multiply(x: Tensor, offsets: Tensor) -> Tensor:
-        return forward(x, weight, bias, offsets, None, None, "gelu", False)[0]
+    def widen(x: Tensor, offsets: Tensor) -> Tensor:
+        return forward(x, up, up_bias, offsets, None, None, "gelu", False)[0]
 
-    yield Tuning("gemm_tile", "16 bits, many blocks", CANDIDATES, partial(multiply, x, offsets))
-    few = partial(multiply, x[: rows // 128], offsets // 128)
+    def narrow() -> Tensor:
+        return forward(hidden, down, down_bias, offsets, x, None, "", False)[0]
+
+    yield Tuning("gemm_tile", "16 bits, many shallow blocks", CANDIDATES, partial(widen, x, offsets))
+    yield Tuning("gemm_tile", "16 bits, many blocks", CANDIDATES, narrow)
+    few = partial(widen, x[: rows // 128], offsets // 128)
     yield Tuning("gemm_tile", "16 bits, few blocks", FEW_CANDIDATES, few)
-    yield Tuning("wgrad_tile", "16 bits", CANDIDATES, lambda: wgrad(hidden, x, weight, offsets, True, True)[0])
+    yield Tuning("wgrad_tile", "16 bits", CANDIDATES, lambda: wgrad(hidden, x, up, offsets, True, True)[0])
 
 
 def compilations(capability: int) -> Iterator[Compilation]:

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mowe_kernels.triton._compilation import Compilation
+from mowe_kernels.triton._device import exp
 from mowe_kernels.triton._launch import cdiv, check_dtypes, contiguous, launch, next_power_of_2, recorded, setting
 from mowe_kernels.triton.pack_plan import empty_plan, meta_layout, pack_pairs, plan_settings
 
@@ -34,13 +35,13 @@ def _choose(
     b_left = (_ordered(b_x).to(tl.int64) << 32) | (BLOCK_E - 1 - b_e)
     b_left = tl.where(b_e < ENCODERS, b_left, -(1 << 63))
     b_max = tl.max(b_x, 1)
-    b_total = tl.sum(tl.exp(b_x - b_max[:, None]), 1)
+    b_total = tl.sum(exp(b_x - b_max[:, None]), 1)
     for slot in range(FIRST, FIRST + TOP_K):
         b_best = tl.max(b_left, 1)
         b_index = BLOCK_E - 1 - (b_best & 0xFFFFFFFF)
         b_key = (b_best >> 32).to(tl.int32)
         b_value = (b_key ^ ((b_key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-        tl.store(p_weights + clip * SLOTS + slot, tl.exp(b_value - b_max) / b_total, mask=clip < batch)
+        tl.store(p_weights + clip * SLOTS + slot, tl.div_rn(exp(b_value - b_max), b_total), mask=clip < batch)
         tl.store(p_indices + clip * SLOTS + slot, b_index, mask=clip < batch)
         b_left = tl.where(b_left == b_best[:, None], -(1 << 63), b_left)
 
@@ -76,8 +77,8 @@ def route_topk_fwd_kernel(
 @triton.jit
 def _through_softmax(b_x, b_grad):
     """Gradient of rows of logits from that of their softmax; columns past the last encoder hold -inf."""
-    b_p = tl.exp(b_x - tl.max(b_x, 1)[:, None])
-    b_p = b_p / tl.sum(b_p, 1)[:, None]
+    b_p = exp(b_x - tl.max(b_x, 1)[:, None])
+    b_p = tl.div_rn(b_p, tl.sum(b_p, 1)[:, None])
     return b_p * (b_grad - tl.sum(b_p * b_grad, 1)[:, None])
 
 

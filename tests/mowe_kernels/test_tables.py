@@ -94,17 +94,18 @@ def test_equal_lengths_without_a_choice_of_their_own_are_lengths_like_others():
 def test_settings_of_a_table_go_before_those_of_the_op():
     plain = ARCHITECTURES[90]
     tuned = plain._replace(tuned=TABLE.settings)
-    assert gemm_tile(tuned, torch.bfloat16, 100_000, 1536) == Tile(64, 32, 32, 4, 2)
-    assert gemm_tile(tuned, torch.bfloat16, 10, 16) == gemm_tile(plain, torch.bfloat16, 10, 16)
-    assert gemm_tile(tuned, torch.float32, 100_000, 1536) == gemm_tile(plain, torch.float32, 100_000, 1536)
+    assert gemm_tile(tuned, torch.bfloat16, 100_000, 384, 1536) == Tile(64, 32, 32, 4, 2)
+    assert gemm_tile(tuned, torch.bfloat16, 10, 16, 16) == gemm_tile(plain, torch.bfloat16, 10, 16, 16)
+    assert gemm_tile(tuned, torch.float32, 100_000, 384, 1536) == gemm_tile(plain, torch.float32, 100_000, 384, 1536)
+    assert gemm_tile(tuned, torch.bfloat16, 100_000, 384, 384) == gemm_tile(plain, torch.bfloat16, 100_000, 384, 384)
     with override(gemm_tile=Tile(16, 16, 16, 4, 2)):
-        assert gemm_tile(tuned, torch.bfloat16, 100_000, 1536) == Tile(16, 16, 16, 4, 2)
+        assert gemm_tile(tuned, torch.bfloat16, 100_000, 384, 1536) == Tile(16, 16, 16, 4, 2)
 
 
 def test_settings_of_another_version():
     tuned = ARCHITECTURES[90]._replace(tuned={"gemm_tile, 16 bits, many blocks": [64, 32, 32, 4]})
     with raises("gemm_tile", "16 bits, many blocks", "[64, 32, 32, 4]", "mowe_kernels.tune"):
-        gemm_tile(tuned, torch.bfloat16, 100_000, 1536)
+        gemm_tile(tuned, torch.bfloat16, 100_000, 384, 1536)
 
 
 def test_a_table_may_say_that_a_kernel_is_not_worth_it_or_is():
