@@ -190,8 +190,10 @@ def _lay_out(waves: list[Tensor], device: torch.device) -> Tensor:
         pinned = torch.empty(sum(map(len, waves)), dtype=torch.float32, pin_memory=True)
         torch.cat([wave.float() for wave in waves], out=pinned)
         return pinned.to(device, non_blocking=True)
-    # On its way to the host, a copy that nobody waits for would be read before it is there.
-    return torch.cat([wave.to(device, torch.float32, non_blocking=device.type == "cuda") for wave in waves])
+    if any(wave.dtype != torch.float32 or wave.device != device for wave in waves):
+        # On its way to the host, a copy that nobody waits for would be read before it is there.
+        waves = [wave.to(device, torch.float32, non_blocking=device.type == "cuda") for wave in waves]
+    return torch.cat(waves)
 
 
 _op = torch.library.custom_op(  # for torch.compile, which knows no pinned memory

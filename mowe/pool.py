@@ -203,8 +203,8 @@ class EncoderPool(KeepsFixed, nn.Module):
         """
         device = next(self.parameters()).device
         features = ClipFeatures(AudioBatch.from_waveforms(waveforms, device), context or self.config.context)
-        chosen, lengths = self._check_indices(indices, len(waveforms)), self.lengths(features)
         self.prepare(features)
+        chosen, lengths = self._check_indices(indices, len(waveforms)), self.lengths(features)
         on_device = chosen.to(device, non_blocking=device.type == "cuda")
         out = self(features, PackPlan.build(on_device, lengths, self.layout(device)))
         if chosen.device.type != "cpu" or device.type == "cpu":

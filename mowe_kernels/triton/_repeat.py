@@ -10,17 +10,29 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from mowe_kernels.triton._descriptors import Memory, descriptor
 from mowe_kernels.triton._launch import Started, cdiv, current_stream, noting, start
 
 ALIGNMENT = 256  # bytes, between temporaries: more than any kernel asks for
-MOST_BYTES = 2**28  # of temporaries (our choice)
+MOST_BYTES = 2**29  # of temporaries (our choice)
 Step = tuple[Started, int, Callable[[Sequence[Any]], tuple[Any, ...]]]
+
+
+class Described(NamedTuple):
+    """A descriptor among the values: its place there, that of its matrix, and what is always the same about it."""
+
+    place: int
+    of: int
+    dtype: torch.dtype
+    shape: tuple[int, int]
+    block: tuple[int, int]
 
 
 class Repeat(NamedTuple):
     """Launches, and the values they pick their arguments from: addresses of the inputs, of the results and of the
-    temporaries, then `fixed`, what is no tensor.
+    temporaries, then `fixed`, what is no tensor, and room for what is `described`.
 
     steps: how a kernel is started, how many programs, what it picks. results: shapes and types. offsets, size: bytes of
     the temporaries, which lie in one piece of memory, over one another where no launch sees both.
@@ -29,6 +41,7 @@ class Repeat(NamedTuple):
     steps: tuple[Step, ...]
     results: tuple[tuple[torch.Size, torch.dtype], ...]
     fixed: tuple[Any, ...]
+    described: tuple[Described, ...]
     offsets: tuple[int, ...]
     size: int
 
@@ -39,7 +52,9 @@ class Repeat(NamedTuple):
         first, stream = memory.data_ptr(), current_stream(device)
         temporaries = [first + offset for offset in self.offsets]
         made = [result.data_ptr() for result in results if result.numel()]
-        values = (*addresses, *made, *temporaries, *self.fixed)
+        values = [*addresses, *made, *temporaries, *self.fixed]
+        for place, of, dtype, shape, block in self.described:
+            values[place] = descriptor(Memory(values[of], dtype, like.device), shape, block)
         for known, programs, pick in self.steps:
             start(known, programs, stream, pick(values))
         return results
@@ -81,17 +96,31 @@ def noted(
     if len(places) < len(given):
         return results, None
     steps: list[Step] = []
-    fixed: list[Any] = []
+    fixed: list[Any] = []  # picked from the end: how many temporaries come before is not known yet
+    described: list[Described] = []
     temporaries: list[Temporary] = []
+
+    def seen(place: int, step: int) -> None:
+        if place >= len(given):
+            temporaries[place - len(given)] = temporaries[place - len(given)]._replace(last=step)
+
     for step, (known, programs, args) in enumerate(launches):
         picked = []
         for arg in args:
             if not isinstance(arg, Tensor) or not arg.numel():
                 value = 0 if isinstance(arg, Tensor) else arg  # nothing is read where nothing lies
-                if not (value is None or isinstance(value, (int, float))):
+                if isinstance(value, TensorDescriptor):
+                    of = places.get(value.base.data_ptr())
+                    if of is None:
+                        return results, None
+                    seen(of, step)
+                    same = value.base.dtype, tuple(value.shape), tuple(value.block_shape)
+                    described.append(Described(-1 - len(fixed), of, *same))
+                    value = None
+                elif not (value is None or isinstance(value, (int, float))):
                     return results, None
                 fixed.append(value)
-                picked.append(-len(fixed))  # from the end: how many temporaries come before is not known yet
+                picked.append(-len(fixed))
                 continue
             place = places.get(address := arg.data_ptr())
             if place is None:
@@ -100,8 +129,7 @@ def noted(
                 place = places[address] = len(places)
                 size = cdiv(arg.untyped_storage().nbytes(), ALIGNMENT) * ALIGNMENT
                 temporaries.append(Temporary(size, step, step))
-            if place >= len(given):
-                temporaries[place - len(given)] = temporaries[place - len(given)]._replace(last=step)
+            seen(place, step)
             picked.append(place)
         steps.append((known, programs, itemgetter(*picked)))
     offsets = laid_out(temporaries)
@@ -109,4 +137,4 @@ def noted(
     if size > MOST_BYTES:
         return results, None
     shapes = tuple((result.shape, result.dtype) for result in results)
-    return results, Repeat(tuple(steps), shapes, tuple(reversed(fixed)), tuple(offsets), size)
+    return results, Repeat(tuple(steps), shapes, tuple(reversed(fixed)), tuple(described), tuple(offsets), size)

@@ -18,9 +18,9 @@ from mowe_kernels.triton import varlen_attention
 from mowe_kernels.triton._launch import forget_by, hooked, remembered
 from mowe_kernels.triton._repeat import Repeat, noted
 
-# Of rows whose layers are repeated (our choice). Where there are more, the GPU takes longer than the host does, and
-# temporaries that all live at once would take memory for nothing.
-MOST_BYTES = 2**24
+# Of rows whose layers are repeated (our choice). Where there are more, the GPU takes longer than the host does, and the
+# first time, when temporaries all live at once, would take memory for nothing: above all of a backward, which has many.
+MOST_BYTES = {"forward": 2**26, "backward": 2**24}
 MOST_KEPT = 256
 _NEW: Any = object()
 _kept: dict[tuple, Repeat | None] = {}  # None: to be computed part by part
@@ -76,7 +76,7 @@ def _repeated(
     max_seqlen, heads, pre_norm, eps, equal_lengths = how
     inputs = x, *parameters, group_offsets, cu_seqlens, *more
     if (
-        x.nbytes > MOST_BYTES
+        x.nbytes > MOST_BYTES[direction]
         or not _repeatable(inputs)
         or not _attends(direction, x.device, x.dtype, *x.shape, max_seqlen, heads, equal_lengths)
     ):

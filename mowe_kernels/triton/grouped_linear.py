@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mowe_kernels.triton import _gemm
 from mowe_kernels.triton._compilation import Compilation
+from mowe_kernels.triton._descriptors import operands, worth_describing
 from mowe_kernels.triton._launch import (
     Hardware,
     Launch,
@@ -67,8 +67,6 @@ CANDIDATES = (
 )
 FEW_CANDIDATES = (Tile(64, 64, 64, 4, 4), Tile(64, 64, 64, 4, 6), Tile(64, 128, 64, 4, 4), Tile(64, 32, 128, 4, 4))
 SHALLOW = 512  # products of so few summands (our choice): what follows them takes as long, and wants a tile of its own
-TMA_SINCE = 90  # capability from which blocks are fetched through descriptors,
-TMA_PRODUCTS = 2**33  # where there are so many products (our choice): a descriptor is made by the host, for every call
 WGRAD_PROGRAMS_PER_SM = 4
 WGRAD_MIN_CHUNK = 512
 REDUCE_BLOCK = 1024
@@ -256,63 +254,6 @@ def newest(table: dict[tuple[int, int], Any], device: Hardware, dtype: torch.dty
     bits = 8 * dtype.itemsize
     exact = table.get((bits, device.capability))
     return exact or table[max(key for key in table if key[0] == bits and key[1] <= max(device.capability, 80))]
-
-
-def worth_describing(device: Hardware, products: int) -> bool:
-    """Whether a kernel that multiplies so often gets descriptors: the device must have them (sm_90 and newer), and they
-    must be worth what they take the host.
-    """
-    return device.capability >= TMA_SINCE and products >= setting("tma_products", TMA_PRODUCTS)
-
-
-def operands(*blocked: tuple[Tensor, tuple[int, int]]) -> tuple[tuple[Any, ...], bool]:
-    """Descriptors of matrices, each with the block it is read by, and True; the matrices themselves, and False, where a
-    descriptor cannot name one of them.
-
-    It can where elements have 16 bits, rows start at multiples of 16 bytes, and there is a row. Stacked matrices
-    [E, N, K] become [E * N, K].
-    """
-    if all(_fits_descriptor(matrix) for matrix, _ in blocked):
-        return tuple(_descriptor(matrix, block) for matrix, block in blocked), True
-    return tuple(matrix for matrix, _ in blocked), False
-
-
-def _fits_descriptor(matrix: Tensor) -> bool:
-    itemsize = matrix.itemsize
-    return itemsize == 2 and not (matrix.shape[-1] * itemsize | matrix.data_ptr()) % 16 and matrix.numel() > 0
-
-
-class Memory(NamedTuple):
-    """What a descriptor has to know of its tensor: to keep one for the next call keeps no tensor alive."""
-
-    address: int
-    dtype: torch.dtype
-    device: torch.device
-
-    def data_ptr(self) -> int:
-        return self.address
-
-    def get_device(self) -> int:
-        return -1 if self.device.index is None else self.device.index
-
-
-_descriptors: dict[tuple, TensorDescriptor] = {}
-MOST_DESCRIPTORS = 10_000
-
-
-def _descriptor(matrix: Tensor, block: tuple[int, int]) -> TensorDescriptor:
-    """Made once for as long as tensors of a shape lie at an address, as weights do, and often activations."""
-    if matrix.device.type == "cpu":  # Triton's interpreter reads the tensor itself
-        return TensorDescriptor.from_tensor(matrix.view(-1, matrix.shape[-1]), list(block))
-    key = matrix.data_ptr(), matrix.dtype, matrix.device, matrix.shape, block
-    found = _descriptors.get(key)
-    if found is None:
-        if len(_descriptors) >= MOST_DESCRIPTORS:
-            _descriptors.clear()
-        cols = matrix.shape[-1]
-        found = TensorDescriptor(Memory(*key[:3]), [matrix.numel() // cols, cols], [cols, 1], list(block))
-        _descriptors[key] = found
-    return found
 
 
 def tunings(device: torch.device, rows: int) -> Iterator[Tuning]:

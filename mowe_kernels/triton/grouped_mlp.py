@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mowe_kernels.triton import _mlp, grouped_layer_norm
 from mowe_kernels.triton._compilation import Compilation
+from mowe_kernels.triton._descriptors import operands, worth_describing
 from mowe_kernels.triton._launch import (
     Hardware,
     Launch,
@@ -23,7 +24,7 @@ from mowe_kernels.triton._launch import (
     remembered,
     setting,
 )
-from mowe_kernels.triton.grouped_linear import gemm, newest, operands, wgrad, worth_describing
+from mowe_kernels.triton.grouped_linear import gemm, newest, wgrad
 
 
 class Block(NamedTuple):

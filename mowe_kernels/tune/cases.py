@@ -255,7 +255,12 @@ class _Maker:
             _, indices, plan = mk.route_topk(**ties, **layout)
             return indices, *plan
 
-        return Case(lambda **logits: mk.route_topk(**logits, **layout)[0], inputs, batch, same=same)
+        def op(**logits: Tensor) -> Tensor:
+            """Weights; those of the learned logits, one for all clips, for less: their error is the luck of one."""
+            weights = mk.route_topk(**logits, **layout)[0]
+            return weights * weights.new_tensor([1 / 8, 1, 1])
+
+        return Case(op, inputs, batch, same=same)
 
     def plan(self) -> Case:
         indices = torch.randint(-1, 8, (33, 3), generator=self.random).to(self.device)

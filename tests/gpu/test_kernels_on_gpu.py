@@ -21,6 +21,7 @@ import mowe_kernels as mk
 from mowe_kernels import attention as attention_of_device
 from mowe_kernels import use_backend
 from mowe_kernels.triton import encoder_layer, grouped_mlp, varlen_attention
+from mowe_kernels.triton._descriptors import TMA_PRODUCTS
 from mowe_kernels.triton._launch import hardware, override
 from mowe_kernels.tune.accuracy import differentiate
 from mowe_kernels.tune.cases import ANALYSIS, HOP, cases
@@ -219,8 +220,9 @@ def test_peak_memory(op, floats):
     assert torch.cuda.max_memory_allocated() - before <= floats * out.nbytes + 2**20
 
 
+@pytest.mark.parametrize("tma_products", [TMA_PRODUCTS, 0], ids=["addresses", "descriptors"])
 @pytest.mark.parametrize("pre_norm", [True, False], ids=["before", "after"])
-def test_a_repeated_layer_gives_what_its_parts_do(monkeypatch, pre_norm):
+def test_a_repeated_layer_gives_what_its_parts_do(monkeypatch, pre_norm, tma_products):
     """The layers of a batch after the first are launched by addresses alone, forward and backward."""
     rows, d, hidden, encoders = bounds(zeros(0, 1)), 384, 1536, 2
     narrow, wide = (encoders, d), [(encoders, 3 * d, d), (encoders, 3 * d), (encoders, d, d)]
@@ -237,15 +239,17 @@ def test_a_repeated_layer_gives_what_its_parts_do(monkeypatch, pre_norm):
 
     # Else a table that finds another library's attention faster leaves nothing to repeat.
     monkeypatch.setattr(attention_of_device, "choose", lambda *args: varlen_attention)
-    encoder_layer._kept.clear()
-    for _ in range(3):
-        x, grad, *parameters = (random(*shape).requires_grad_() for shape in ((LAST, d), (LAST, d), *shapes))
-        repeated = results(x, parameters, grad.detach())
-        with monkeypatch.context() as patch:
-            patch.setattr(encoder_layer, "MOST_BYTES", 0)
-            by_parts = results(x, parameters, grad.detach())
-        assert all(map(torch.equal, repeated, by_parts))
-    assert len(encoder_layer._kept) == 3 and all(encoder_layer._kept.values())
+    with override(tma_products=tma_products):  # which begins and ends with nothing kept
+        for _ in range(3):
+            x, grad, *parameters = (random(*shape).requires_grad_() for shape in ((LAST, d), (LAST, d), *shapes))
+            repeated = results(x, parameters, grad.detach())
+            with monkeypatch.context() as patch:
+                patch.setattr(encoder_layer, "MOST_BYTES", dict.fromkeys(encoder_layer.MOST_BYTES, 0))
+                by_parts = results(x, parameters, grad.detach())
+            assert all(map(torch.equal, repeated, by_parts))
+        repeats = encoder_layer._kept.values()
+        assert len(repeats) == 3 and all(repeats)
+        assert any(repeat.described for repeat in repeats) == (not tma_products)
 
 
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")

@@ -54,6 +54,7 @@ from mowe_kernels import LayerParameters, use_backend
 from mowe_kernels.ops.encoder_layer import BACKWARD, FORWARD
 from mowe_kernels.reference import encoder_layer as parts
 from mowe_kernels.triton import _launch, _repeat, encoder_layer as repeated
+from mowe_kernels.triton._descriptors import TMA_PRODUCTS
 from mowe_kernels.triton.grouped_mlp import Block
 
 _launch.Launch.__call__ = lambda self, programs, *args: self._start(-1, programs, args)
@@ -74,7 +75,9 @@ def named(inputs, results):
     # addresses as places: those of inputs and results, the others in the order in which they are met
     names = {tensor.data_ptr(): place for place, tensor in enumerate((*inputs, *results))}
     def name(value):
-        address = value.data_ptr() if isinstance(value, torch.Tensor) else value
+        if hasattr(value, "block_shape"):
+            return name(value.base), *value.shape, *value.strides, *value.block_shape
+        address = value.data_ptr() if hasattr(value, "data_ptr") else value
         return names.setdefault(address, len(names)) if isinstance(address, int) and address > 2**20 else address
     found = [(hash, programs, *map(name, values)) for hash, programs, values in started]
     started.clear()
@@ -99,9 +102,11 @@ tries = (
     (first, 40, 2, torch.int64),
 )
 all_needed, some_needed = (True,) * 13, (False, *(True,) * 4, *(False,) * 8)
-for pre_norm, block in itertools.product((True, False), (None, Block(64, 32, 64, 4, 2))):
+blocks = None, Block(64, 32, 64, 4, 2)
+for pre_norm, block, products in itertools.product((True, False), blocks, (0, TMA_PRODUCTS)):
     needs = some_needed if block is None else all_needed
-    with use_backend("triton"), _launch.assume(_launch.ARCHITECTURES[90]), _launch.override(mlp_block=block):
+    settings = _launch.override(mlp_block=block, tma_products=products)
+    with use_backend("triton"), _launch.assume(_launch.ARCHITECTURES[90]), settings:
         run(parts, first, 40, (40, 2, pre_norm, 1e-5, False), needs)  # compiles
         for longest, (parameters, count, *others) in itertools.product((40, 57), tries):
             how = longest, 2, pre_norm, 1e-5, False
@@ -110,12 +115,13 @@ for pre_norm, block in itertools.product((True, False), (None, Block(64, 32, 64,
             assert run(repeated, parameters, count, how, needs, *others) == expected
         # by direction, sizes, types and alignments, not by layers and lengths
         assert len(repeated._kept) == 18 and all(repeated._kept.values())
+        assert any(repeat.described for repeat in repeated._kept.values()) == (not products)
 
 how = 40, 2, True, 1e-5, False
 for module, name, value, kept, not_repeated in (
     (repeated.attention, "choose", lambda *args: parts, 0, 0),  # by somebody else's kernels
     (_repeat, "MOST_BYTES", 0, 3, 2),  # what a forward saves is no temporary
-    (repeated, "MOST_BYTES", 0, 0, 0),
+    (repeated, "MOST_BYTES", {"forward": 0, "backward": 0}, 0, 0),
 ):
     before = getattr(module, name)
     setattr(module, name, value)

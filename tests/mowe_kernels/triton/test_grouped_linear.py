@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mowe_kernels import grouped_linear, use_backend
-from mowe_kernels.triton import grouped_linear as gemms
+from mowe_kernels.triton import _descriptors
 from mowe_kernels.triton._launch import ARCHITECTURES, assume, override
 from mowe_kernels.triton.grouped_linear import Tile
 from tests.mowe_kernels.checks import GROUPS, Inputs, normal, offsets, raises, rows_with_tail, table
@@ -97,8 +97,8 @@ def test_blocks_fetched_through_descriptors(dtype, n, monkeypatch):
     sizes, described = (140, 0, 70), []
     inputs = make_inputs(sizes, 5, EPILOGUES["all"][0], 72, n)
     inputs["weight"][1] = torch.inf
-    describe = gemms._descriptor
-    monkeypatch.setattr(gemms, "_descriptor", lambda *args: described.append(args) or describe(*args))
+    describe = _descriptors._described
+    monkeypatch.setattr(_descriptors, "_described", lambda *args: described.append(args) or describe(*args))
     with assume(ARCHITECTURES[90]._replace(num_sms=1)), override(tma_products=0):
         assert_as_accurate_as_torch(op(sizes, "gelu"), inputs, sum(sizes), dtype)
     assert len(described) == (4 if n % 64 == 0 else 2)  # forward and, where blocks end with the weights, backward

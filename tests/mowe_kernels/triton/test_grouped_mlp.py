@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mowe_kernels import grouped_mlp, use_backend
-from mowe_kernels.triton import grouped_linear as gemms
+from mowe_kernels.triton import _descriptors
 from mowe_kernels.triton._launch import ARCHITECTURES, assume, override
 from mowe_kernels.triton.grouped_linear import Tile
 from mowe_kernels.triton.grouped_mlp import Block
@@ -66,8 +66,8 @@ def test_blocks_fetched_through_descriptors(f, monkeypatch):
     sizes, described = (130, 0, 3), []
     inputs = make_inputs(sizes, 5, 136, f)
     inputs["fc1_weight"][1] = inputs["fc2_weight"][1] = torch.inf
-    describe = gemms._descriptor
-    monkeypatch.setattr(gemms, "_descriptor", lambda *args: described.append(args) or describe(*args))
+    describe = _descriptors._described
+    monkeypatch.setattr(_descriptors, "_described", lambda *args: described.append(args) or describe(*args))
     with assume(ARCHITECTURES[90]), override(tma_products=0, mlp_block=Block(64, 32, 128, 8, 2)):
         assert_as_accurate_as_torch(op(sizes), inputs, sum(sizes), torch.float16, frozen=tuple(inputs))
     assert len(described) == (2 if f % 32 == 0 else 0)

@@ -19,7 +19,7 @@ SCRIPT = """
 import torch
 from mowe_kernels.triton import _attention, _gemm, _launch
 from mowe_kernels.triton._launch import Launch
-from mowe_kernels.triton.grouped_linear import operands
+from mowe_kernels.triton._descriptors import operands
 
 def gemm(rows, shift=0, gelu=False, bias=True, dtype=torch.bfloat16, tma=False):
     x = torch.zeros(rows * 64 + 8, dtype=dtype)[shift : shift + rows * 64].view(rows, 64)
