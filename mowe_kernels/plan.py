@@ -67,7 +67,8 @@ class Level:
     cu_seqlens: int32 [P+1], first row of each pair. group_offsets: int32 [E+1], first row of each encoder.
     num_rows: host upper bound of cu_seqlens[-1] (exact on the CPU; `ROWS_AT_ONCE` divides it elsewhere, unless lengths
     are equal). max_seqlen: host upper bound of the lengths.
-    equal_lengths: whether the host knows that every pair has max_seqlen rows or none, and that few have none.
+    equal_lengths: whether the host knows that every pair has max_seqlen rows or none, and that few have none; it does
+    not say so of a single clip on a GPU.
     """
 
     cu_seqlens: Tensor
@@ -173,10 +174,12 @@ class PackPlan:
         levels = []
         for level in range(first, first + layout.num_levels[index]):
             cu_seqlens, lengths = self.cu_seqlens[level], self.lengths[level]
-            equal = alike and len(set(lengths)) == 1
+            on_cpu = cu_seqlens.device.type == "cpu"
+            # Clips that come one by one are each as long as itself: for what is remembered, lengths like others.
+            equal = alike and len(set(lengths)) == 1 and (on_cpu or len(lengths) > 1)
             bound = repeats * sum(lengths)
             if not only_bounds():
-                if cu_seqlens.device.type == "cpu":
+                if on_cpu:
                     bound = int(cu_seqlens[-1])
                 elif not equal:
                     bound = -(-bound // ROWS_AT_ONCE) * ROWS_AT_ONCE

@@ -264,15 +264,18 @@ def tunings(device: torch.device, rows: int) -> Iterator[Tuning]:
     up_bias, down, down_bias = (part.contiguous() for part in (up[:, :, 0], up.mT, up[:, 0]))
     offsets = torch.arange(9, dtype=torch.int32, device=device) * (rows // 8)
 
-    def widen(x: Tensor, offsets: Tensor) -> Tensor:
-        return forward(x, up, up_bias, offsets, None, None, "gelu", False)[0]
+    # Whether the last tiles fill the multiprocessors is luck: several numbers of rows have less of it.
+    several = [(part * rows // 128, part * offsets // 128) for part in (100, 106, 111, 117, 123, 128)]
 
-    def narrow() -> Tensor:
-        return forward(hidden, down, down_bias, offsets, x, None, "", False)[0]
+    def widen(count: int, offsets: Tensor) -> Tensor:
+        return forward(x[:count], up, up_bias, offsets, None, None, "gelu", False)[0]
 
-    yield Tuning("gemm_tile", "16 bits, many shallow blocks", CANDIDATES, partial(widen, x, offsets))
-    yield Tuning("gemm_tile", "16 bits, many blocks", CANDIDATES, narrow)
-    few = partial(widen, x[: rows // 128], offsets // 128)
+    def narrow(count: int, offsets: Tensor) -> Tensor:
+        return forward(hidden[:count], down, down_bias, offsets, x[:count], None, "", False)[0]
+
+    for blocks, multiply in (("many shallow blocks", widen), ("many blocks", narrow)):
+        yield Tuning("gemm_tile", f"16 bits, {blocks}", CANDIDATES, lambda m=multiply: [m(*of) for of in several][-1])
+    few = partial(widen, rows // 128, offsets // 128)
     yield Tuning("gemm_tile", "16 bits, few blocks", FEW_CANDIDATES, few)
     yield Tuning("wgrad_tile", "16 bits", CANDIDATES, lambda: wgrad(hidden, x, up, offsets, True, True)[0])
 

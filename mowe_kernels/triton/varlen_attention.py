@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from mowe_kernels.triton._launch import (
 )
 
 MOST_COLUMNS = 128  # of a head
+WINDOW = 1500  # rows of 30 s by Whisper
 KERNELS = {
     "forward": _attention.varlen_attention_fwd_kernel,
     "queries": _attention.varlen_attention_bwd_queries_kernel,
@@ -144,12 +146,22 @@ def _launch_of(name: str, device: torch.device, dtype: torch.dtype, heads: int, 
     return start, settings.block_n if name == "keys" else settings.block_m
 
 
+def uneven(rows: int, longest: int) -> list[int]:
+    """Lengths of sequences, as clips have them: an eighth of the longest and its multiples, while there are rows."""
+    lengths: list[int] = []
+    while rows - sum(lengths) >= longest:
+        lengths.append(max(1, longest * (1 + len(lengths) % 8) // 8))
+    return lengths
+
+
 def tunings(device: torch.device, rows: int) -> Iterator[Tuning]:
-    """Six heads over eight sequences."""
-    cu_seqlens = torch.arange(9, dtype=torch.int32, device=device) * (rows // 8)
+    """Six heads over sequences of up to 30 s of Whisper's frames."""
+    longest = min(WINDOW, rows)
+    lengths = uneven(rows, longest)
+    cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device)
     for head_dim in (64, 80):
-        qkv = torch.randn(rows // 8 * 8, 3, 6, head_dim, dtype=torch.bfloat16, device=device)
-        arguments = cu_seqlens, rows // 8, head_dim**-0.5
+        qkv = torch.randn(sum(lengths), 3, 6, head_dim, dtype=torch.bfloat16, device=device)
+        arguments = cu_seqlens, longest, head_dim**-0.5
         key = f"16 bits, heads of {head_dim}"
 
         def attend(qkv: Tensor = qkv, arguments: tuple = arguments) -> Tensor:

@@ -6,7 +6,7 @@ import importlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 import mowe_kernels as mk
 from mowe_kernels import attention
 from mowe_kernels.tables import AttentionChoice
-from mowe_kernels.triton import grouped_linear, grouped_linear_nf4
+from mowe_kernels.triton import grouped_linear, grouped_linear_nf4, varlen_attention
 from mowe_kernels.triton._launch import Tuning, override
 
 Timer = Callable[[Callable[[], Any]], float]
@@ -115,15 +115,10 @@ def attention_choices(device: torch.device, timer: Timer, rows: int = ROWS) -> I
 def _attention_choice(
     device: torch.device, timer: Timer, rows: int, head_dim: int, longest: int | None, equal: bool
 ) -> AttentionChoice:
-    length = min(longest or 1500, rows)
-    # Unequal lengths are spread evenly from an eighth of the longest up.
-    lengths, left = [], rows
-    while left >= length:
-        lengths.append(length if equal else length * (1 + len(lengths) % 8) // 8)
-        left -= lengths[-1]
-    total = sum(lengths)
-    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
-    qkv = torch.randn(total, 3, 384 // head_dim, head_dim, dtype=torch.bfloat16, device=device)
+    length = min(longest or varlen_attention.WINDOW, rows)
+    lengths = [length] * (rows // length) if equal else varlen_attention.uneven(rows, length)
+    cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device)
+    qkv = torch.randn(sum(lengths), 3, 384 // head_dim, head_dim, dtype=torch.bfloat16, device=device)
     arguments = cu_seqlens, length, head_dim**-0.5
     modules = {name: importlib.import_module(path) for name, path in attention.BACKENDS.items()}
     able = {name: m for name, m in modules.items() if m.supports(qkv, length, arguments[2], equal)}

@@ -124,6 +124,7 @@ def test_rows_that_only_the_device_counts_come_in_steps(routing):
                 assert level.num_rows == most * sum(frames)
             else:
                 assert level.num_rows % ROWS_AT_ONCE == 0 <= level.num_rows - most * sum(frames) < ROWS_AT_ONCE
+            assert not (level.equal_lengths and routing.batch == 1)
 
 
 @ROUTINGS
