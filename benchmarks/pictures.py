@@ -15,7 +15,7 @@ from benchmarks.tables import OPS, clips, meaning, speedup, title
 
 Value, Text = Callable[[dict[str, Any]], float], Callable[[dict[str, Any]], str]
 _OURS, _THEIRS, _INK, _QUIET = "#2a9d8f", "#b8c0c8", "#1f2933", "#6b7785"
-_LIBRARY = {"packed", "packed_nf4", "mixture", "packed_step", "mixture_step"}
+_LIBRARY = {"packed", "packed_nf4", "mixture", "captured", "packed_step", "mixture_step"}
 _MANY = 8  # a sweep from one to so many times as much is drawn on a logarithmic axis
 
 
