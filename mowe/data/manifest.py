@@ -50,6 +50,11 @@ class Example:
     samples: int = 0
     more: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def name(self) -> str:
+        """What to call the clip."""
+        return self._source()[1]
+
     def waveform(self) -> Tensor:
         """[samples] float32 at 16 kHz. Raises AudioError for audio that cannot be read."""
         source, name = self._source()

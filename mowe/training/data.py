@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,13 +43,16 @@ class FrameBatches(Sampler[list[int]]):
         seed: int = 0,
         num_batches: int | None = None,
         multiple_of: int = 1,
+        name_of: Callable[[int], str] = "clip {}".format,
     ):
         """frames: of each example. num_batches: how many there are; those of one pass by default, cut up until their
-        number is a multiple of `multiple_of`.
+        number is a multiple of `multiple_of`. name_of: says in an error which example is meant.
         """
         longest = max(range(len(frames)), key=frames.__getitem__)
         if frames[longest] > batch_frames:
-            raise ConfigError(f"data.batch_frames is {batch_frames} but a clip has {frames[longest]} frames")
+            raise ConfigError(
+                f"data.batch_frames is {batch_frames} but {name_of(longest)} has {frames[longest]} frames"
+            )
         self.frames = frames
         self.batch_frames = batch_frames
         self.batch_clips = batch_clips

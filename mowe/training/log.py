@@ -61,7 +61,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     with naming(f"{path}"), reading("the log"):
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+        return [_entry(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def _entry(line: str) -> dict[str, Any]:
+    entry = json.loads(line)
+    if not (isinstance(entry, dict) and {"stage", "step"} <= entry.keys()):
+        raise ValueError(f"expected an entry with a stage and a step, got {line[:60]}")
+    return entry
 
 
 def _as_line(entry: dict[str, Any]) -> str:

@@ -170,6 +170,7 @@ class _Run:
                 self.config.data.batch_frames,
                 batch_clips=self.config.data.batch_clips,
                 multiple_of=self.world.num_processes,
+                name_of=_names_of(examples),
             )
             for task, examples in self.validation.items()
         }
@@ -214,6 +215,7 @@ class _Run:
             batch_clips=config.data.batch_clips,
             weights=self.weights,
             seed=config.seed + number,
+            name_of=_names_of(self.examples),
         )
         steps = stage.steps or max(1, round(make_batches().batches_in(stage.epochs or 0) / per_step))
         batches = make_batches(num_batches=steps * per_step)
@@ -386,6 +388,10 @@ def _check_output(config: TrainConfig, resume: bool) -> None:
         was, is_now = before.get(name, defaults.get(name)), now.get(name)
         if was != is_now and name not in _FREE_TO_CHANGE:
             raise ConfigError(f"{name}: {output} was begun with {was!r}, it cannot go on with {is_now!r}")
+
+
+def _names_of(examples: Sequence[Example]) -> Callable[[int], str]:
+    return lambda index: examples[index].name
 
 
 def _write_config(config: TrainConfig) -> None:

@@ -72,7 +72,7 @@ def test_processes_share_the_batches_and_a_restart_skips_them() -> None:
 
 
 def test_budgets_that_cannot_be() -> None:
-    with pytest.raises(ConfigError, match=r"data\.batch_frames is 300 but a clip has \d+ frames"):
+    with pytest.raises(ConfigError, match=r"data\.batch_frames is 300 but clip \d+ has \d+ frames"):
         FrameBatches(FRAMES, 300)
     with pytest.raises(ConfigError, match="leave nothing to train on"):
         FrameBatches([10], 300, weights=[0.0])

@@ -160,6 +160,15 @@ def test_what_is_damaged_is_told_in_one_line(
     assert "\n" not in str(error.value)
 
 
+def test_a_line_of_a_log_that_is_no_entry(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    config = settings(stages=[{"steps": 2}], save_every=1)
+    train(config)
+    shutil.rmtree(tmp_path / "run" / "stage-0" / "checkpoint-2")
+    (tmp_path / "run" / "log.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(CheckpointError, match=r"run/log.jsonl: cannot read the log: expected an entry with a stage"):
+        train(config, resume=True)
+
+
 def test_a_field_that_is_newer_than_a_run_had_its_default(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
     stored = tmp_path / "run" / "config.json"
     train(settings(stages=[{"steps": 1}]))
