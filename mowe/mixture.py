@@ -89,15 +89,16 @@ class Mixture(KeepsFixed, nn.Module):
         """The mixture over packed base features and the clips they come from, in its own dtype, autocast or not."""
         device = base.rows.device
         with torch.autocast(device.type, enabled=False):
+            lengths = self.pool.lengths(features)
             self.pool.prepare(features)
             summary = sequence_mean(base.rows, base.starts, device_lengths([base.lengths], device)[0])
-            routing = self.router(summary, self.pool.lengths(features), self.pool.layout(device))
+            routing = self.router(summary, lengths, self.pool.layout(device))
             weak = self.pool(features, routing.plan)
             clocks = [family.clock for family in self.pool.families]
-            tokens, _, lengths = self.multi_modal_projector(base, weak, routing.weights, clocks)
+            tokens, _, num_tokens = self.multi_modal_projector(base, weak, routing.weights, clocks)
         return MixtureOutput(
             tokens,
-            lengths,
+            num_tokens,
             routing.weights,
             routing.indices,
             routing.logits.dependent,

@@ -179,8 +179,8 @@ class MoweModel(MowePreTrainedModel):
         device = audio.samples.device
         if device not in self._layouts:
             self._layouts[device] = PackLayout.build([0], [tower.num_levels], device)
-        tower.prepare(features)
         levels = tower.lengths(features)
+        tower.prepare(features)
         one = torch.zeros(len(audio.lengths), 1, dtype=torch.int64, device=device)
         plan = PackPlan.build(one, levels, self._layouts[device]).family(0)
         own = tuple(tower.level_lengths(samples, "valid")[-1] for samples in audio.lengths)

@@ -36,8 +36,8 @@ class PoolOutput:
     plan_on_host: Callable[[], PackPlan | None] | None = None
 
     def pair(self, clip: int, slot: int) -> Tensor:
-        """[T, D]: what the slot's encoder gives for the clip alone. The first call waits for the device, unless the
-        choices came from the host.
+        """[T, D]: what the slot's encoder gives for the clip alone, a view of the rows: where they have a gradient, not
+        to be changed in place. The first call waits for the device, unless the choices came from the host.
 
         Raises IndexError for a clip or a slot outside the batch, ConfigError for an unused slot.
         """
@@ -64,7 +64,9 @@ class PoolOutput:
             lengths = [b - a for a, b in pairwise(first)]
             # Split at once: the gradients of single slices would each be as large as all rows.
             pieces = rows.split([*lengths, rows.shape[0] - first[-1]])
-            by_place = [piece if length else was for was, piece, length in zip(by_place, pieces, lengths, strict=False)]
+            for place, length in enumerate(lengths):
+                if length:
+                    by_place[place] = pieces[place]
         found = [by_place[place] for place in places]
         return [found[at : at + slots] for at in range(0, len(found), slots)]
 
@@ -203,8 +205,8 @@ class EncoderPool(KeepsFixed, nn.Module):
         """
         device = next(self.parameters()).device
         features = ClipFeatures(AudioBatch.from_waveforms(waveforms, device), context or self.config.context)
-        self.prepare(features)
         chosen, lengths = self._check_indices(indices, len(waveforms)), self.lengths(features)
+        self.prepare(features)
         on_device = chosen.to(device, non_blocking=device.type == "cuda")
         out = self(features, PackPlan.build(on_device, lengths, self.layout(device)))
         if chosen.device.type != "cpu" or device.type == "cpu":

@@ -174,12 +174,12 @@ class PackPlan:
         levels = []
         for level in range(first, first + layout.num_levels[index]):
             cu_seqlens, lengths = self.cu_seqlens[level], self.lengths[level]
-            on_cpu = cu_seqlens.device.type == "cpu"
-            # Clips that come one by one are each as long as itself: for what is remembered, lengths like others.
-            equal = alike and len(set(lengths)) == 1 and (on_cpu or len(lengths) > 1)
+            # A single clip is always as long as itself. With a number of rows of its own, it would find nothing that is
+            # remembered of another one.
+            equal = alike and len(set(lengths)) == 1 and (len(lengths) > 1 or cu_seqlens.device.type == "cpu")
             bound = repeats * sum(lengths)
             if not only_bounds():
-                if on_cpu:
+                if cu_seqlens.device.type == "cpu":
                     bound = int(cu_seqlens[-1])
                 elif not equal:
                     bound = -(-bound // ROWS_AT_ONCE) * ROWS_AT_ONCE

@@ -138,7 +138,9 @@ class EncoderFamily(KeepsFixed, nn.Module):
         raise NotImplementedError
 
     def prepare(self, features: ClipFeatures) -> None:
-        """Have a GPU make the inputs now: it is busy with them while the host lays out who reads them."""
+        """Have a GPU make the inputs now, which `features` keeps: it is busy with them while the host lays out who
+        reads them. Not in a compiled graph, where nothing is kept.
+        """
         if next(self.parameters()).device.type != "cpu" and not torch.compiler.is_compiling():
             self.inputs(features)
 

@@ -26,6 +26,8 @@ _SCALES = ("absmax", "nested_absmax", "nested_offset", "nested_code")
 class Nf4StackedLinear(nn.Module):
     """E linear layers, weights as in `Nf4Weight`, frozen; bias: [E, N], in the type that is computed in."""
 
+    kept_stacks: tuple[list[Tensor | None], list[torch.Size | None], Nf4Stacks] | None = None  # see `_stacks`
+
     def __init__(self, weight: Nf4Weight, bias: nn.Parameter):
         super().__init__()
         self.shape, self.blocksize = weight.shape, weight.blocksize
@@ -33,7 +35,6 @@ class Nf4StackedLinear(nn.Module):
         for name in _SCALES:
             self.register_buffer(name, getattr(weight, name))
         self.bias = bias
-        self.kept_stacks: tuple[list[Tensor | None], Nf4Stacks] | None = None  # of a layer that begins with this
 
     @property
     def quantized(self) -> Nf4Weight:
@@ -43,7 +44,7 @@ class Nf4StackedLinear(nn.Module):
     @property
     def matrix(self) -> Nf4Matrix:
         """The same as the ops take it, which check it themselves."""
-        held: Any = self._buffers  # as in `own`
+        held: Any = self._buffers  # nn.Module's own lookup takes as long as a launch
         return Nf4Matrix(held["codes"], *map(held.get, _SCALES), *self.shape, self.blocksize)
 
     @property
@@ -56,6 +57,9 @@ class Nf4StackedLinear(nn.Module):
         return grouped_linear_nf4(
             x, self.matrix, self.bias, rows.group_offsets, activation=activation, residual=residual
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "kept_stacks": None}  # else the first linear of a layer would carry the others
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Moves between devices; the scales stay in float32 whatever type the model is cast to."""
@@ -97,14 +101,18 @@ def layer_weights(linears: Sequence[Any], rows: Level) -> list[Tensor]:
 
 
 def _stacks(linears: Sequence[Nf4StackedLinear]) -> Nf4Stacks:
-    """Their matrices, checked anew only where a buffer is another tensor than the last time."""
+    """Their matrices, checked anew only where a buffer is another tensor, or of other sizes, than the last time. Until
+    then the first of the linears keeps them.
+    """
     if torch.compiler.is_compiling():
         return Nf4Stacks.of([linear.matrix for linear in linears])
     buffers = [buffer for linear in linears for buffer in linear._buffers.values()]
+    sizes = [None if buffer is None else buffer.shape for buffer in buffers]
     kept = linears[0].kept_stacks
-    if kept is None or len(kept[0]) != len(buffers) or not all(map(is_, kept[0], buffers)):
-        kept = linears[0].kept_stacks = (buffers, Nf4Stacks.of([linear.matrix for linear in linears]))
-    return kept[1]
+    if kept is None or kept[1] != sizes or not all(map(is_, kept[0], buffers)):
+        stacks = Nf4Stacks.of([linear.matrix for linear in linears])
+        kept = linears[0].kept_stacks = buffers, sizes, stacks
+    return kept[2]
 
 
 def _quantize(weight: Tensor, double_quant: bool) -> Nf4Weight:

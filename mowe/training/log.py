@@ -66,7 +66,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def _entry(line: str) -> dict[str, Any]:
     entry = json.loads(line)
-    if not (isinstance(entry, dict) and {"stage", "step"} <= entry.keys()):
+    if not (isinstance(entry, dict) and all(isinstance(entry.get(name), int) for name in ("stage", "step"))):
         raise ValueError(f"expected an entry with a stage and a step, got {line[:60]}")
     return entry
 

@@ -65,10 +65,10 @@ class Nf4Stacks(NamedTuple):
         """Raises ValueError for sizes or types that do not fit each other, other numbers of matrices, and for none."""
         op = "nf4_dequantize_grouped"
         check(len(matrices) > 0, op, "matrices must be one or more, got none")
-        encoders = len(matrices[0].codes)
         for matrix in matrices:
             matrix.check(op)
-            check(len(matrix.codes) == encoders, op, f"all must be {encoders} matrices, got {len(matrix.codes)}")
+        counts = [len(matrix.codes) for matrix in matrices]
+        check(len(set(counts)) == 1, op, f"matrices must be of as many encoders each, got {counts}")
         absent = matrices[0].absmax.new_empty(0, dtype=torch.float32)
         stacks = ([absent if t is None else t for t in column] for column in list(zip(*matrices, strict=True))[:5])
         return cls(*stacks, [n for m in matrices for n in (m.rows, m.columns, m.blocksize)])

@@ -11,8 +11,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from mowe_kernels.triton._launch import Hardware, setting
 
 TMA_SINCE = 90  # capability from which blocks are fetched through descriptors,
-TMA_PRODUCTS = 2**33  # where there are so many products (our choice): a descriptor is made by the host, for every call
-MOST_KEPT = 10_000
+TMA_PRODUCTS = 2**33  # where there are so many products (our choice): Triton encodes a descriptor at every launch
+MOST_KEPT = 10_000  # descriptors, some hundred bytes each
 
 
 class Memory(NamedTuple):

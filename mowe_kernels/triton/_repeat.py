@@ -16,7 +16,7 @@ from mowe_kernels.triton._descriptors import Memory, descriptor
 from mowe_kernels.triton._launch import Started, cdiv, current_stream, noting, start
 
 ALIGNMENT = 256  # bytes, between temporaries: more than any kernel asks for
-MOST_BYTES = 2**29  # of temporaries (our choice)
+MOST_BYTES = 2**29  # of temporaries: they are one piece of memory, hard to find where little is left (our choice)
 Step = tuple[Started, int, Callable[[Sequence[Any]], tuple[Any, ...]]]
 
 
@@ -86,8 +86,8 @@ def noted(
     inputs: Sequence[Tensor], compute: Callable[[], tuple[Tensor, ...]]
 ) -> tuple[tuple[Tensor, ...], Repeat | None]:
     """The results of `compute`, which does nothing but launch kernels, and how to repeat that with other inputs of the
-    same sizes, types and alignments. None where it cannot be: an argument is neither a tensor, a number nor left out,
-    two of the tensors begin at one address, or there are too many temporaries.
+    same sizes, types and alignments. None where it cannot be: an argument is neither a tensor, the descriptor of one
+    that was seen, a number nor left out, two of the tensors begin at one address, or temporaries take too much memory.
     """
     with noting() as launches:
         results = compute()

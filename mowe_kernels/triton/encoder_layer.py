@@ -1,6 +1,7 @@
 """Triton `encoder_layer`: the kernels of its parts. What one layer launched, the next ones launch again.
 
-The first layer of a number of rows goes through the ops; from then on the host only picks addresses.
+The first layer of a number of rows goes through the ops; from then on the host only picks addresses, and describes the
+matrices that lie there where kernels fetch by descriptors.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from mowe_kernels.triton._launch import forget_by, hooked, remembered
 from mowe_kernels.triton._repeat import Repeat, noted
 
 # Of rows whose layers are repeated (our choice). Where there are more, the GPU takes longer than the host does, and the
-# first time, when temporaries all live at once, would take memory for nothing: above all of a backward, which has many.
+# first time, when temporaries all live at once, would take memory for nothing: eleven times that of the rows in a
+# forward, six in the ones after it, and in a backward several times as much.
 MOST_BYTES = {"forward": 2**26, "backward": 2**24}
 MOST_KEPT = 256
 _NEW: Any = object()

@@ -149,7 +149,7 @@ def _launch_of(name: str, device: torch.device, dtype: torch.dtype, heads: int, 
 def uneven(rows: int, longest: int) -> list[int]:
     """Lengths of sequences, as clips have them: an eighth of the longest and its multiples, while there are rows."""
     lengths: list[int] = []
-    while rows - sum(lengths) >= longest:
+    while longest and rows - sum(lengths) >= longest:
         lengths.append(max(1, longest * (1 + len(lengths) % 8) // 8))
     return lengths
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mowe_kernels import LayerParameters, encoder_layer
 from mowe_kernels.triton import _launch
@@ -152,6 +153,21 @@ def test_temporaries_lie_over_one_another_where_no_launch_sees_both(seed):
     assert together <= max(end for _, end, _ in places) < sum(t.size for t in temporaries)
 
 
+def test_a_temporary_lives_until_its_last_launch_also_where_that_is_told_of_it_by_a_descriptor():
+    x, out, *between = torch.zeros(5, 4, 8).unbind()
+    between = [tensor.clone() for tensor in between]
+    by_descriptor = TensorDescriptor.from_tensor(between[0], [4, 8])
+
+    def compute() -> tuple[Tensor, ...]:
+        for args in ((x, between[0]), (by_descriptor, between[1]), (between[1], between[2]), (between[2], out)):
+            _launch._noting.launches.append((None, 1, args))
+        return (out,)
+
+    _, repeat = noted((x,), compute)
+    first, second, third = repeat.offsets
+    assert first == third != second
+
+
 def test_what_cannot_be_repeated_is_not():
     x, y, z = torch.zeros(3), torch.zeros(3), torch.zeros(3)
     between = torch.zeros(64)
@@ -169,6 +185,9 @@ def test_what_cannot_be_repeated_is_not():
     assert repeatable((x, y), z, between, 3, 0.5, None)
     assert not repeatable((x, x), z)
     assert not repeatable((x, y), x)
-    assert not repeatable((x, y), z, "a descriptor, say")
+    assert not repeatable((x, y), z, object())
+    matrix, another = torch.zeros(4, 8), torch.zeros(4, 8)
+    assert repeatable((x, matrix), z, TensorDescriptor.from_tensor(matrix, [4, 8]))
+    assert not repeatable((x, matrix), z, TensorDescriptor.from_tensor(another, [4, 8]))
     assert not repeatable((x, y), z, between[4:])  # who knows where it begins next time
     assert not repeatable((x, y), z, between.view(torch.uint8)[1:])
