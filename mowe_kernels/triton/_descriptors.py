@@ -12,7 +12,7 @@ from mowe_kernels.triton._launch import Hardware, setting
 
 TMA_SINCE = 90  # capability from which blocks are fetched through descriptors,
 TMA_PRODUCTS = 2**33  # where there are so many products (our choice): Triton encodes a descriptor at every launch
-MOST_KEPT = 10_000  # descriptors, some hundred bytes each
+MOST_KEPT = 10_000  # descriptors: addresses that change for ever must not fill the memory
 
 
 class Memory(NamedTuple):

@@ -6,8 +6,8 @@ import triton.language as tl
 
 @triton.jit
 def exp(x):
-    """e**x of x up to 88, float32, to its last bit or so, NaN for NaN; 0 below 1e-38. The GPU's own takes a power of
-    two of a rounded product, and is several times as far off.
+    """e**x of x up to 88, float32, to its last bit or so, NaN for NaN; 0 below 1e-38. `tl.exp` takes a power of two of
+    a product that is rounded, the more bits off the larger x is.
     """
     x = tl.maximum(x, -104.0, propagate_nan=tl.PropagateNan.ALL)
     n = tl.floor(x * 1.4426950408889634 + 0.5)

@@ -66,9 +66,8 @@ CANDIDATES = (
     Tile(128, 128, 32, 8, 3),
 )
 FEW_CANDIDATES = (Tile(64, 64, 64, 4, 4), Tile(64, 64, 64, 4, 6), Tile(64, 128, 64, 4, 4), Tile(64, 32, 128, 4, 4))
-SHALLOW = (
-    512  # products of so few summands (our choice): what follows them takes as long, so a table has a tile for them
-)
+# Products of so few summands (our choice): what follows them takes as long, so a table has a tile for them.
+SHALLOW = 512
 WGRAD_PROGRAMS_PER_SM = 4
 WGRAD_MIN_CHUNK = 512
 REDUCE_BLOCK = 1024
