@@ -78,7 +78,7 @@ def extensions():
     libraries = [
         Extension(
             "mowe_kernels._csrc",
-            sources=["csrc/nf4_cpu.cpp", "csrc/plan_cpu.cpp"],
+            sources=["csrc/launch.cpp", "csrc/nf4_cpu.cpp", "csrc/plan_cpu.cpp"],
             depends=["csrc/nf4.h", "csrc/scratch.h"],
             define_macros=MACROS,
             extra_compile_args=FLAGS.split(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 from functools import cache
 from pathlib import Path
@@ -37,7 +38,8 @@ def available(device: str = "cpu") -> bool:
     if library.is_file():
         try:
             torch.ops.load_library(library)
-            if all(hasattr(getattr(torch.ops.mowe, op), "csrc") for op in OPS if op != "route_topk"):
+            has_ops = all(hasattr(getattr(torch.ops.mowe, op), "csrc") for op in OPS if op != "route_topk")
+            if has_ops and (device != "cpu" or hasattr(ctypes.CDLL(str(library)), "mowe_launch")):
                 return True
             reason = "it was built from an older source"
         except OSError as error:

@@ -38,12 +38,13 @@ class Hardware(NamedTuple):
 
 
 class Started(NamedTuple):
-    """How Triton starts what it compiled: `run`, with some of its arguments and the kernel's constants."""
+    """What Triton compiled, and how it starts that: `run`, with some of its arguments and the kernel's constants."""
 
     run: Callable[..., None]
     function: Any
     metadata: Any
     constants: list[Any]
+    compiled: Any
 
 
 class Tuning(NamedTuple):
@@ -256,7 +257,7 @@ class Launch:
             if compiled is None:  # TRITON_INTERPRET=1
                 return
             constants = [self.constexprs[name] for name in self.kernel.arg_names[len(args) :]]
-            known = Started(compiled.run, compiled.function, compiled.packed_metadata, constants)
+            known = Started(compiled.run, compiled.function, compiled.packed_metadata, constants, compiled)
             self._known[key] = known
         else:
             start(known, programs, current_stream(device), values)
@@ -269,7 +270,7 @@ class Launch:
 
 def start(known: Started, programs: int, stream: int, values: Iterable[Any]) -> None:
     """values: the arguments that are not constants, of tensors the addresses."""
-    run, function, metadata, constants = known
+    run, function, metadata, constants, _ = known
     run(programs, 1, 1, stream, function, metadata, None, None, None, *values, *constants)
 
 

@@ -12,14 +12,15 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mowe_kernels import LayerParameters, encoder_layer
-from mowe_kernels.triton import _launch
+from mowe_kernels.csrc.launch import Address, Launch
+from mowe_kernels.triton import _launch, _repeat
 from mowe_kernels.triton._launch import override
-from mowe_kernels.triton._repeat import Temporary, laid_out, noted
+from mowe_kernels.triton._repeat import Temporary, _temporaries, laid_out, noted
 from mowe_kernels.triton.grouped_linear import Tile
 from mowe_kernels.triton.varlen_attention import Settings
 from tests.mowe_kernels.checks import GROUPS, normal, offsets, rows_with_tail, table
 from tests.mowe_kernels.triton.accuracy import DEVICE, DTYPES, assert_as_accurate_as_torch
-from tests.mowe_kernels.triton.no_gpu import printed_by
+from tests.mowe_kernels.triton.no_gpu import needs_compiler, printed_by
 
 D, HIDDEN, HEADS = 24, 40, 2
 SMALL = {
@@ -76,12 +77,10 @@ def named(inputs, results):
     # addresses as places: those of inputs and results, the others in the order in which they are met
     names = {tensor.data_ptr(): place for place, tensor in enumerate((*inputs, *results))}
     def name(value):
-        if hasattr(value, "block_shape"):
-            return name(value.base), *value.shape, *value.strides, *value.block_shape
-        address = value.data_ptr() if hasattr(value, "data_ptr") else value
-        return names.setdefault(address, len(names)) if isinstance(address, int) and address > 2**20 else address
-    found = [(hash, programs, *map(name, values)) for hash, programs, values in started]
-    started.clear()
+        if isinstance(value, tuple):
+            return tuple(map(name, value))
+        return names.setdefault(value, len(names)) if 2**32 < value < 2**48 else value
+    found = [launch._replace(parameters=name(launch.parameters)) for launch in started()]
     return found, [(result.shape, result.dtype) for result in results]
 
 def run(module, parameters, count, how, needs, sequences=2, integers=torch.int32):
@@ -100,7 +99,7 @@ def run(module, parameters, count, how, needs, sequences=2, integers=torch.int32
 first, second, shifted, narrow = layer(), layer(), layer(shift=1), layer(F=64)
 tries = (
     (first, 40), (first, 40), (second, 40), (second, 44), (shifted, 40), (narrow, 40), (first, 40, 3),
-    (first, 40, 2, torch.int64),
+    (first, 40, 2, torch.int64), (second, 1040),
 )
 all_needed, some_needed = (True,) * 13, (False, *(True,) * 4, *(False,) * 8)
 blocks = None, Block(64, 32, 64, 4, 2)
@@ -115,8 +114,8 @@ for pre_norm, block, products in itertools.product((True, False), blocks, (0, TM
             assert len(expected[0][0]) == (7 if block is None else 5 if pre_norm else 6)
             assert run(repeated, parameters, count, how, needs, *others) == expected
         # by direction, sizes, types and alignments, not by layers and lengths
-        assert len(repeated._kept) == 18 and all(repeated._kept.values())
-        assert any(repeat.described for repeat in repeated._kept.values()) == (not products)
+        assert len(repeated._kept) == 21 and all(repeated._kept.values())
+        assert any(repeat.program.num_matrices for repeat in repeated._kept.values()) == (not products)
 
 how = 40, 2, True, 1e-5, False
 for module, name, value, kept, not_repeated in (
@@ -136,6 +135,7 @@ print("the same")
 """
 
 
+@needs_compiler
 def test_a_repeated_layer_launches_what_its_parts_do():
     assert printed_by(SCRIPT) == "the same"
 
@@ -157,20 +157,15 @@ def test_a_temporary_lives_until_its_last_launch_also_where_that_is_told_of_it_b
     x, out, *between = torch.zeros(5, 4, 8).unbind()
     between = [tensor.clone() for tensor in between]
     by_descriptor = TensorDescriptor.from_tensor(between[0], [4, 8])
-
-    def compute() -> tuple[Tensor, ...]:
-        for args in ((x, between[0]), (by_descriptor, between[1]), (between[1], between[2]), (between[2], out)):
-            _launch._noting.launches.append((None, 1, args))
-        return (out,)
-
-    _, repeat = noted((x,), compute)
-    first, second, third = repeat.offsets
-    assert first == third != second
+    launches = (x, between[0]), (by_descriptor, between[1]), (between[1], between[2]), (between[2], out)
+    found = _temporaries(launches, {x.data_ptr(): Address(0), out.data_ptr(): Address(1)})
+    assert [*found.values()] == [Temporary(256, step, step + 1) for step in range(3)]
 
 
-def test_what_cannot_be_repeated_is_not():
+def test_what_cannot_be_repeated_is_not(monkeypatch):
     x, y, z = torch.zeros(3), torch.zeros(3), torch.zeros(3)
     between = torch.zeros(64)
+    monkeypatch.setattr(_repeat, "as_launch", lambda *about: Launch(0, 1, 32, 0, ()))
 
     def repeatable(inputs: tuple[Tensor, ...], result: Tensor, *args: Any) -> bool:
         """Whether a computation of `result` that launches a kernel with these arguments is."""
@@ -191,3 +186,8 @@ def test_what_cannot_be_repeated_is_not():
     assert not repeatable((x, matrix), z, TensorDescriptor.from_tensor(another, [4, 8]))
     assert not repeatable((x, y), z, between[4:])  # who knows where it begins next time
     assert not repeatable((x, y), z, between.view(torch.uint8)[1:])
+    for module, name, says in ((_repeat, "as_launch", None), (_repeat.launch, "available", False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, lambda *about, says=says: says)
+            assert not repeatable((x, y), z)
+    assert repeatable((x, y), z)

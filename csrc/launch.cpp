@@ -1,0 +1,154 @@
+// Compiled kernels started one after the other, by the addresses of what they read and write. Needs no CUDA to be
+// built: the driver, which is where the kernels come from, is asked for its functions when they are first used.
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+namespace mowe {
+namespace {
+
+// The driver's functions by their types in cuda.h: CUresult, CUdevice and enumerations are int, what it opens is void*.
+struct Driver {
+  int (*get_current)(void** context);
+  int (*get_device)(int* device, int ordinal);
+  int (*retain)(void** context, int device);
+  int (*set_current)(void* context);
+  int (*launch)(void* function, unsigned x, unsigned y, unsigned z, unsigned threads_x, unsigned threads_y,
+                unsigned threads_z, unsigned shared, void* stream, void** parameters, void** extra);
+  int (*encode)(void* map, int type, uint32_t rank, void* address, const uint64_t* sizes, const uint64_t* strides,
+                const uint32_t* box, const uint32_t* steps, int interleave, int swizzle, int promotion, int fill);
+  int (*parameter)(void* function, size_t index, size_t* offset, size_t* size);
+  int (*get_version)(int* version);
+  int (*name_error)(int error, const char** text);
+  int version = 0;
+  bool found;
+
+  Driver() {
+    void* library = dlopen("libcuda.so.1", RTLD_LAZY);
+    found = library != nullptr;
+    auto find = [&](auto& function, const char* name) {
+      function = library ? reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(library, name)) : nullptr;
+      found = found && function != nullptr;
+    };
+    find(get_current, "cuCtxGetCurrent");
+    find(get_device, "cuDeviceGet");
+    find(retain, "cuDevicePrimaryCtxRetain");
+    find(set_current, "cuCtxSetCurrent");
+    find(launch, "cuLaunchKernel");
+    find(encode, "cuTensorMapEncodeTiled");
+    find(parameter, "cuFuncGetParamInfo");
+    find(get_version, "cuDriverGetVersion");
+    find(name_error, "cuGetErrorString");
+    if (found) get_version(&version);
+  }
+};
+
+const Driver& driver() {
+  static const Driver found;
+  return found;
+}
+
+// As mowe_kernels/csrc/launch.py has them.
+struct Argument {
+  enum Kind : int32_t { kValue, kAddress, kMatrix };
+  Kind kind;
+  int32_t place;   // of an address, among those given; of a matrix, among `matrices`
+  uint64_t value;  // a value's bits, or bytes to be added to the address
+};
+
+struct Matrix {  // of which a descriptor (TMA) is made: row-major
+  int32_t type, swizzle;
+  uint64_t rows, columns, itemsize;
+  uint32_t block_rows, block_columns;
+  Argument address;
+};
+
+struct Launch {
+  void* function;
+  uint32_t programs, threads, shared, arguments;
+};
+
+struct Program {
+  const Launch* launches;
+  const Argument* arguments;  // of all launches, one after the other
+  const Matrix* matrices;
+  int32_t num_launches, num_matrices;
+};
+
+struct alignas(128) TensorMap {
+  uint64_t opaque[16];
+};
+
+// A thread that has not used CUDA yet has no context.
+int enter(int ordinal) {
+  void* context = nullptr;
+  int error = driver().get_current(&context), device = 0;
+  if (error || context) return error;
+  if ((error = driver().get_device(&device, ordinal))) return error;
+  if ((error = driver().retain(&context, device))) return error;
+  return driver().set_current(context);
+}
+
+int encode(const Matrix& matrix, uint64_t address, TensorMap& map) {
+  const uint64_t sizes[] = {matrix.columns, matrix.rows}, pitch[] = {matrix.columns * matrix.itemsize};
+  const uint32_t box[] = {matrix.block_columns, matrix.block_rows}, steps[] = {1, 1};
+  constexpr int kNoInterleave = 0, kPromote128Bytes = 2, kFillWithZeros = 0;
+  const int error = driver().encode(&map, matrix.type, 2, reinterpret_cast<void*>(address), sizes, pitch, box, steps,
+                                    kNoInterleave, matrix.swizzle, kPromote128Bytes, kFillWithZeros);
+  // What these drivers set wrongly is cleared as CUTLASS and Triton do.
+  constexpr int kLastWrongVersion = 13010, kSmallMatrix = 128 << 10;  // bytes
+  const uint64_t last_byte = matrix.rows * pitch[0] - matrix.itemsize;
+  if (driver().version <= kLastWrongVersion && last_byte + 1 < kSmallMatrix) map.opaque[1] &= ~(uint64_t{1} << 21);
+  return error;
+}
+
+int run(const Program& program, const uint64_t* addresses, int ordinal, void* stream) {
+  auto address = [&](const Argument& argument) { return addresses[argument.place] + argument.value; };
+  int error = enter(ordinal);
+  std::vector<TensorMap> maps(program.num_matrices);
+  for (int i = 0; i < program.num_matrices && !error; ++i)
+    error = encode(program.matrices[i], address(program.matrices[i].address), maps[i]);
+  std::vector<uint64_t> values;
+  std::vector<void*> parameters;
+  const Argument* next = program.arguments;
+  for (int i = 0; i < program.num_launches && !error; ++i) {
+    const Launch& launch = program.launches[i];
+    values.resize(std::max<size_t>(values.size(), launch.arguments));
+    parameters.resize(values.size());
+    for (uint32_t j = 0; j < launch.arguments; ++j, ++next) {
+      values[j] = next->kind == Argument::kAddress ? address(*next) : next->value;
+      parameters[j] = next->kind == Argument::kMatrix ? static_cast<void*>(&maps[next->place]) : &values[j];
+    }
+    error = driver().launch(launch.function, launch.programs, 1, 1, launch.threads, 1, 1, launch.shared, stream,
+                            parameters.data(), nullptr);
+  }
+  return error;
+}
+
+}  // namespace
+}  // namespace mowe
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+// Number of parameters of a kernel, and the bytes each takes, of the first `most`; -1 where the driver cannot say.
+EXPORTED int mowe_parameters(void* function, size_t* sizes, int most) {
+  size_t offset = 0, size = 0;
+  if (!mowe::driver().found) return -1;
+  int count = 0;
+  for (; mowe::driver().parameter(function, count, &offset, &size) == 0; ++count)
+    if (count < most) sizes[count] = size;
+  return count;
+}
+
+// Starts the kernels on a stream of the device; returns what went wrong, or nullptr.
+EXPORTED const char* mowe_launch(const mowe::Program* program, const uint64_t* addresses, int ordinal, void* stream) {
+  const int error = mowe::run(*program, addresses, ordinal, stream);
+  if (error == 0) return nullptr;
+  const char* text = nullptr;
+  mowe::driver().name_error(error, &text);
+  return text ? text : "unknown error";
+}

@@ -1,0 +1,102 @@
+"""What the driver is given when launches are made again, also where something is wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mowe_kernels import csrc
+from mowe_kernels.csrc.launch import parameter_sizes
+from tests.mowe_kernels.triton.no_gpu import needs_compiler, printed_by
+
+SCRIPT = """
+import ctypes
+import threading
+import torch
+from mowe_kernels.triton import _gemm, _launch
+from mowe_kernels.triton._descriptors import operands
+from mowe_kernels.triton._launch import Launch
+from mowe_kernels.triton._repeat import noted
+
+x, weight = torch.zeros(64, 64, dtype=torch.bfloat16), torch.zeros(2, 64, 64, dtype=torch.bfloat16)
+offsets, out = torch.zeros(3, dtype=torch.int32), torch.zeros(64, 64, dtype=torch.bfloat16)
+(a, w), _ = operands((x, (64, 32)), (weight, (64, 32)))
+constants = dict(E=2, BE=2, N=64, K=64, TRANSPOSED=False, GELU=False, BM=64, BN=64, BK=32, BAND=8, TMA=True)
+gemm = Launch(_gemm.grouped_gemm_kernel, num_warps=4, num_stages=2, **constants)
+inputs = x, weight, offsets
+addresses = [tensor.data_ptr() for tensor in inputs]
+
+def note():
+    def compute():
+        gemm._start(0, 5, (a, w, None, offsets, None, None, None, None, out))
+        return (out,)
+    return noted(inputs, compute)[1]
+
+def made(repeat):
+    (launch,) = started()
+    assert launch.programs == 5
+    return [value if isinstance(value, int) else value[:2] for value in launch.parameters]
+
+repeat = note()
+by_triton = made(repeat)
+repeat(0, addresses, x)
+again = made(repeat)
+assert again[:-3] == by_triton[:-3] and again[-2:] == [0, 0]  # the result is a new tensor
+
+# A thread in which nobody has used the device yet.
+failed = []
+def in_thread():
+    try:
+        repeat(0, addresses, x)
+    except RuntimeError as error:
+        failed.append(error)
+thread = threading.Thread(target=in_thread)
+thread.start(), thread.join()
+assert not failed and made(repeat)[:-3] == by_triton[:-3]
+
+for error in (719, 1234):
+    fake().fake_error(error)
+    try:
+        repeat(0, addresses, x)
+    except RuntimeError as error:
+        print(error)
+fake().fake_error(0)
+
+# A kernel that would be given something it does not take is left to Triton.
+(known,) = gemm._known.values()
+fake().fake_parameters(ctypes.c_uint64(known.function), 3, (ctypes.c_size_t * 3)(8, 8, 8))
+assert note() is None
+"""
+
+NEWER = """
+import torch
+from mowe_kernels.csrc.launch import Address, Launch, Matrix, Program, Value
+from tests.mowe_kernels.triton.no_gpu import _sizes
+import ctypes
+
+fake().fake_version(13020)
+fake().cuCtxSetCurrent(ctypes.c_void_p(1))
+_sizes[1] = [128, 4]
+fake().fake_parameters(ctypes.c_uint64(1), 2, (ctypes.c_size_t * 2)(128, 4))
+matrix = Matrix(Address(1, 256), type=9, swizzle=3, itemsize=2, shape=(64, 32), block=(16, 8))
+Program([Launch(1, 2, 64, 1024, (matrix, Value(2**32 - 1, 4)))], 2)([0, 2**40], 0, 7)
+(launch,) = started()
+assert launch[:5] == (1, 2, 64, 1024, 7) and launch.parameters[1] == 2**32 - 1
+assert launch.parameters[0] == (2**40 + 256, 2**32 - 2**16 + 9, 2, 32, 64, 64, 8, 16, 1, 1, 0, 3, 2, 0, 0, 0)
+"""
+
+
+@needs_compiler
+def test_launches_are_made_again_and_what_goes_wrong_is_said():
+    assert printed_by(SCRIPT).split("\n") == ["CUDA error: unspecified launch failure", "CUDA error: unknown error"]
+
+
+@needs_compiler
+def test_what_older_drivers_set_wrongly_is_left_to_newer_ones():
+    assert not printed_by(NEWER)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")
+@pytest.mark.skipif(not csrc.available(), reason="the compiled library was not built")
+def test_without_a_driver_nobody_knows_a_kernels_parameters():
+    assert parameter_sizes(1) is None
