@@ -81,6 +81,8 @@ def pretend() -> None:
 
     CompiledKernel._init_handles = load_and_tell_sizes
     NoGpu.utils, NoGpu.launcher_cls = CudaUtils(), CudaLauncher
+    if not hasattr(NoGpu.utils, "launch"):  # a Triton before 3.7, which leaves what older drivers set wrongly
+        fake().fake_version(13020)
     driver.set_active(NoGpu())
 
 
