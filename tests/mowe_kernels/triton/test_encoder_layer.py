@@ -99,7 +99,7 @@ def run(module, parameters, count, how, needs, sequences=2, integers=torch.int32
 first, second, shifted, narrow = layer(), layer(), layer(shift=1), layer(F=64)
 tries = (
     (first, 40), (first, 40), (second, 40), (second, 44), (shifted, 40), (narrow, 40), (first, 40, 3),
-    (first, 40, 2, torch.int64), (second, 1040),
+    (first, 40, 2, torch.int64), (second, 1024),
 )
 all_needed, some_needed = (True,) * 13, (False, *(True,) * 4, *(False,) * 8)
 blocks = None, Block(64, 32, 64, 4, 2)
