@@ -1,5 +1,5 @@
-// Compiled kernels started one after the other, by the addresses of what they read and write. Needs no CUDA to be
-// built: the driver, which is where the kernels come from, is asked for its functions when they are first used.
+// Compiled kernels started one after the other on other tensors than before. Needs no CUDA to be built: the driver,
+// which is where the kernels come from, is asked for its functions when they are first used.
 #include <dlfcn.h>
 
 #include <algorithm>
@@ -8,8 +8,15 @@
 #include <type_traits>
 #include <vector>
 
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
 namespace mowe {
 namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 
 // The driver's functions by their types in cuda.h: CUresult, CUdevice and enumerations are int, what it opens is void*.
 struct Driver {
@@ -72,11 +79,20 @@ struct Launch {
   uint32_t programs, threads, shared, arguments;
 };
 
+struct Layout {
+  const int64_t* sizes;
+  int32_t dims, type, aligned;  // aligned: whether it begins at a multiple of 16 bytes
+
+  torch::headeronly::IntHeaderOnlyArrayRef shape() const { return {sizes, static_cast<size_t>(dims)}; }
+};
+
 struct Program {
+  const Layout *inputs, *results;
   const Launch* launches;
   const Argument* arguments;  // of all launches, one after the other
   const Matrix* matrices;
-  int32_t num_launches, num_matrices;
+  int64_t bytes;  // of the temporaries
+  int32_t num_inputs, num_results, num_launches, num_matrices, device;
 };
 
 struct alignas(128) TensorMap {
@@ -106,9 +122,15 @@ int encode(const Matrix& matrix, uint64_t address, TensorMap& map) {
   return error;
 }
 
-int run(const Program& program, const uint64_t* addresses, int ordinal, void* stream) {
+bool fits(const Tensor& tensor, const Layout& layout, int device) {
+  return tensor.get_device() == device && tensor.scalar_type() == static_cast<ScalarType>(layout.type) &&
+         tensor.sizes() == layout.shape() && tensor.is_contiguous() &&
+         (reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0) == (layout.aligned != 0);
+}
+
+int run(const Program& program, const std::vector<uint64_t>& addresses, void* stream) {
   auto address = [&](const Argument& argument) { return addresses[argument.place] + argument.value; };
-  int error = enter(ordinal);
+  int error = enter(std::max(program.device, 0));
   std::vector<TensorMap> maps(program.num_matrices);
   for (int i = 0; i < program.num_matrices && !error; ++i)
     error = encode(program.matrices[i], address(program.matrices[i].address), maps[i]);
@@ -129,13 +151,37 @@ int run(const Program& program, const uint64_t* addresses, int ordinal, void* st
   return error;
 }
 
+// The results for inputs that lie as those did of which the program was made; none for others.
+std::vector<Tensor> launch_again(int64_t address, const std::vector<Tensor>& inputs, int64_t stream) {
+  const Program& program = *reinterpret_cast<const Program*>(address);
+  std::vector<Tensor> results;
+  if (inputs.size() != static_cast<size_t>(program.num_inputs)) return results;
+  for (int i = 0; i < program.num_inputs; ++i)
+    if (!fits(inputs[i], program.inputs[i], program.device)) return results;
+
+  std::vector<uint64_t> addresses;  // of the inputs, of the results that are not empty, of the temporaries
+  auto lies = [&](const Tensor& tensor) { addresses.push_back(reinterpret_cast<uint64_t>(tensor.data_ptr())); };
+  for (const Tensor& input : inputs) lies(input);
+  for (int i = 0; i < program.num_results; ++i) {
+    const Layout& layout = program.results[i];
+    results.push_back(torch::stable::new_empty(inputs[0], layout.shape(), static_cast<ScalarType>(layout.type)));
+    if (results.back().numel()) lies(results.back());
+  }
+  const Tensor memory = torch::stable::new_empty(inputs[0], {program.bytes}, ScalarType::Byte);
+  lies(memory);
+  if (const int error = run(program, addresses, reinterpret_cast<void*>(stream))) {
+    const char* text = nullptr;
+    driver().name_error(error, &text);
+    STD_TORCH_CHECK(false, "CUDA error: ", text ? text : "unknown error");
+  }
+  return results;
+}
+
 }  // namespace
 }  // namespace mowe
 
-#define EXPORTED extern "C" __attribute__((visibility("default")))
-
 // Number of parameters of a kernel, and the bytes each takes, of the first `most`; -1 where the driver cannot say.
-EXPORTED int mowe_parameters(void* function, size_t* sizes, int most) {
+extern "C" __attribute__((visibility("default"))) int mowe_parameters(void* function, size_t* sizes, int most) {
   size_t offset = 0, size = 0;
   if (!mowe::driver().found) return -1;
   int count = 0;
@@ -144,11 +190,8 @@ EXPORTED int mowe_parameters(void* function, size_t* sizes, int most) {
   return count;
 }
 
-// Starts the kernels on a stream of the device; returns what went wrong, or nullptr.
-EXPORTED const char* mowe_launch(const mowe::Program* program, const uint64_t* addresses, int ordinal, void* stream) {
-  const int error = mowe::run(*program, addresses, ordinal, stream);
-  if (error == 0) return nullptr;
-  const char* text = nullptr;
-  mowe::driver().name_error(error, &text);
-  return text ? text : "unknown error";
+STABLE_TORCH_LIBRARY_FRAGMENT(mowe, m) { m.def("launch_again(int program, Tensor[] inputs, int stream) -> Tensor[]"); }
+
+STABLE_TORCH_LIBRARY_IMPL(mowe, CompositeExplicitAutograd, m) {
+  m.impl("launch_again", TORCH_BOX(&mowe::launch_again));
 }

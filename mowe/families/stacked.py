@@ -17,6 +17,9 @@ from mowe_kernels import (
     varlen_attention,
 )
 
+_PARTS = "attention_norm", "qkv", "out", "mlp_norm", "fc1", "fc2"  # of a layer, in the order of LayerParameters
+_OWN = "weight", "bias"
+
 
 class StackedLinear(nn.Module):
     """E linear layers. weight: [E, N, K], bias: [E, N]."""
@@ -126,8 +129,12 @@ class StackedLayer(GradientCheckpointingLayer):
         return x if self.pre_norm else self.mlp_norm(x, rows)
 
     def _parameters_for(self, rows: Level) -> LayerParameters:
-        names = "attention_norm", "qkv", "out", "mlp_norm", "fc1", "fc2"
-        attention_norm, qkv, out, mlp_norm, fc1, fc2 = (self._modules[name] for name in names)
+        parts = [self._modules[name] for name in _PARTS]
+        try:  # nn.Module's own lookup takes as long as a launch
+            return LayerParameters(*[held[name] for held in [part._parameters for part in parts] for name in _OWN])
+        except KeyError:  # a weight in 4 bits; wrappers, replicas and parametrizations
+            pass
+        attention_norm, qkv, out, mlp_norm, fc1, fc2 = parts
         weights = layer_weights((qkv, out, fc1, fc2), rows)
         return LayerParameters(
             own(attention_norm, "weight"), own(attention_norm, "bias"), weights[0], own(qkv, "bias"),

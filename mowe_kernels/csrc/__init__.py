@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import warnings
 from functools import cache
 from pathlib import Path
@@ -38,8 +37,10 @@ def available(device: str = "cpu") -> bool:
     if library.is_file():
         try:
             torch.ops.load_library(library)
-            has_ops = all(hasattr(getattr(torch.ops.mowe, op), "csrc") for op in OPS if op != "route_topk")
-            if has_ops and (device != "cpu" or hasattr(ctypes.CDLL(str(library)), "mowe_launch")):
+            ops = torch.ops.mowe
+            if hasattr(ops, "launch_again") and all(
+                hasattr(getattr(ops, op), "csrc") for op in OPS if op != "route_topk"
+            ):
                 return True
             reason = "it was built from an older source"
         except OSError as error:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import c_char_p, c_int, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import c_int, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 from functools import cache
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from mowe_kernels import csrc
 
+_SCALAR_TYPES = {
+    torch.uint8: 0, torch.int32: 3, torch.int64: 4, torch.float16: 5, torch.float32: 6, torch.bfloat16: 15,
+}  # fmt: skip
+"""As torch numbers them."""
 _MOST_PARAMETERS = 64  # of a kernel
 
 
@@ -76,37 +83,49 @@ class _Launch(ctypes.Structure):
     ]  # fmt: skip
 
 
+class _Layout(ctypes.Structure):
+    _fields_ = [("sizes", ctypes.POINTER(c_int64)), ("dims", c_int32), ("type", c_int32), ("aligned", c_int32)]
+
+
 class _Program(ctypes.Structure):
     _fields_ = [
+        ("inputs", ctypes.POINTER(_Layout)), ("results", ctypes.POINTER(_Layout)),
         ("launches", ctypes.POINTER(_Launch)), ("arguments", ctypes.POINTER(_Argument)),
-        ("matrices", ctypes.POINTER(_Matrix)), ("num_launches", c_int32), ("num_matrices", c_int32),
+        ("matrices", ctypes.POINTER(_Matrix)), ("bytes", c_int64),
+        ("num_inputs", c_int32), ("num_results", c_int32), ("num_launches", c_int32), ("num_matrices", c_int32),
+        ("device", c_int32),
     ]  # fmt: skip
 
 
 class Program:
-    """Launches, to be made as often as is liked, with other addresses.
+    """Launches, to be made as often as is liked, on other tensors that lie in memory as `inputs` do.
 
-    num_addresses: how many it is given each time. num_matrices: how many descriptors are made of them.
+    Addresses are told by their places among the inputs, the results that are not empty, and one piece of memory of so
+    many bytes, `size`, for all else. num_matrices: how many descriptors are made each time.
     """
 
-    def __init__(self, launches: Sequence[Launch], num_addresses: int):
-        self._start, self._addresses = _library().mowe_launch, c_uint64 * num_addresses
+    def __init__(self, launches: Sequence[Launch], inputs: Sequence[Tensor], results: Sequence[Tensor], size: int):
         matrices: list[_Matrix] = []
         arguments = [_described(argument, matrices) for launch in launches for argument in launch.arguments]
         self.num_matrices = len(matrices)
         self._program = _Program(
+            (_Layout * len(inputs))(*map(_layout, inputs)),
+            (_Layout * len(results))(*map(_layout, results)),
             (_Launch * len(launches))(*((*launch[:4], len(launch.arguments)) for launch in launches)),
             (_Argument * len(arguments))(*arguments),
             (_Matrix * len(matrices))(*matrices),
-            len(launches),
-            self.num_matrices,
+            size,
+            *map(len, (inputs, results, launches, matrices)),
+            inputs[0].get_device(),
         )
+        self._address, self._launch = ctypes.addressof(self._program), torch.ops.mowe.launch_again.default
 
-    def __call__(self, addresses: Sequence[int], device: int, stream: int) -> None:
-        """Make them on a stream of the device. Raises RuntimeError for what the driver says."""
-        error = self._start(self._program, self._addresses(*addresses), device, stream)
-        if error is not None:
-            raise RuntimeError(f"CUDA error: {error.decode()}")
+    def __call__(self, inputs: list[Tensor], stream: int) -> list[Tensor]:
+        """The results, launched on a stream of the device; none where the inputs lie otherwise.
+
+        Raises RuntimeError for what the driver says.
+        """
+        return self._launch(self._address, inputs, stream)
 
 
 def available() -> bool:
@@ -124,11 +143,14 @@ def parameter_sizes(function: int) -> list[int] | None:
 @cache
 def _library() -> Any:
     library = ctypes.CDLL(str(csrc.LIBRARIES["cpu"]))
-    library.mowe_launch.argtypes = [ctypes.POINTER(_Program), ctypes.POINTER(c_uint64), c_int, c_void_p]
-    library.mowe_launch.restype = c_char_p
     library.mowe_parameters.argtypes = [c_void_p, ctypes.POINTER(c_size_t), c_int]
     library.mowe_parameters.restype = c_int
     return library
+
+
+def _layout(tensor: Tensor) -> Any:
+    sizes = (c_int64 * tensor.dim())(*tensor.shape)
+    return sizes, tensor.dim(), _SCALAR_TYPES[tensor.dtype], tensor.data_ptr() % 16 == 0
 
 
 def _described(argument: Argument, matrices: list[_Matrix]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -66,9 +67,9 @@ def encoder_layer(
     Floor: 2 R (4 D^2 + 2 D F) FLOPs and those of `varlen_attention`.
     Raises ValueError for shapes or types that do not fit.
     """
-    _check(x, parameters, group_offsets, cu_seqlens, heads)
     how = max_seqlen, heads, pre_norm, eps, equal_lengths
     if traced(x, *parameters):
+        _check(x, parameters, group_offsets, cu_seqlens, heads)
         if not key_bias:
             query, key, value = parameters.qkv_bias.chunk(3, dim=1)
             parameters = parameters._replace(qkv_bias=torch.cat((query, key.detach(), value), dim=1))
@@ -76,8 +77,19 @@ def encoder_layer(
         return reference.forward(_OPS, saves, x, parameters, group_offsets, cu_seqlens, *how)[0]
     if needs_grad(x, *parameters):
         return _Layer.apply(key_bias, how, x, group_offsets, cu_seqlens, *parameters)
+    return _forward(False, x, parameters, group_offsets, cu_seqlens, how)[0]
+
+
+def _forward(
+    saves: bool, x: Tensor, parameters: Sequence[Tensor], group_offsets: Tensor, cu_seqlens: Tensor, how: tuple
+) -> Sequence[Tensor]:
     module = implementation("encoder_layer", (x,))
-    return module.forward(FORWARD, False, x, parameters, group_offsets, cu_seqlens, *how)[0]
+    # It takes nothing but the like of tensors that were checked.
+    again = getattr(module, "again", lambda *about: ())
+    if results := again("forward", saves, how, [x, *parameters, group_offsets, cu_seqlens]):
+        return results
+    _check(x, LayerParameters(*parameters), group_offsets, cu_seqlens, how[1])
+    return module.forward(FORWARD, saves, x, parameters, group_offsets, cu_seqlens, *how)
 
 
 class _Layer(torch.autograd.Function):
@@ -93,8 +105,7 @@ class _Layer(torch.autograd.Function):
         cu_seqlens: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
-        module = implementation("encoder_layer", (x,))
-        out, *saved = module.forward(FORWARD, True, x, parameters, group_offsets, cu_seqlens, *how)
+        out, *saved = _forward(True, x, parameters, group_offsets, cu_seqlens, how)
         ctx.key_bias, ctx.how = key_bias, how
         ctx.save_for_backward(x, group_offsets, cu_seqlens, *parameters, *saved)
         return out

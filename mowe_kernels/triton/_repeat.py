@@ -1,5 +1,5 @@
-"""Launches made again with other tensors, as those of a layer of an encoder are for the next: all that the host does
-between them is done once, and Python has no part in making them.
+"""Launches that can be made again with other tensors, as those of a layer of an encoder are for the next: all that the
+host does between them is done once.
 """
 
 from __future__ import annotations
@@ -7,37 +7,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mowe_kernels.csrc import launch
 from mowe_kernels.csrc.launch import Address, Program
-from mowe_kernels.triton._launch import cdiv, current_stream, noting
+from mowe_kernels.triton._launch import cdiv, noting
 from mowe_kernels.triton._parameters import as_launch
 
 ALIGNMENT = 256  # bytes, between temporaries: more than any kernel asks for
 MOST_BYTES = 2**29  # of temporaries: they are one piece of memory, hard to find where little is left (our choice)
-
-
-class Repeat(NamedTuple):
-    """Launches by the addresses of the inputs, of the results that are not empty, and of one piece of memory in which
-    the temporaries lie, over one another where no launch sees both.
-
-    results: shapes and types. size: bytes of that memory.
-    """
-
-    program: Program
-    results: tuple[tuple[torch.Size, torch.dtype], ...]
-    size: int
-
-    def __call__(self, device: int, addresses: Sequence[int], like: Tensor) -> tuple[Tensor, ...]:
-        """The results for inputs that lie at these addresses, on the device of `like`."""
-        results = tuple([like.new_empty(shape, dtype=dtype) for shape, dtype in self.results])
-        memory = like.new_empty(self.size, dtype=torch.uint8)
-        made = [result.data_ptr() for result in results if result.numel()]
-        self.program((*addresses, *made, memory.data_ptr()), device, current_stream(device))
-        return results
 
 
 class Temporary(NamedTuple):
@@ -64,11 +43,13 @@ def laid_out(temporaries: Sequence[Temporary]) -> list[int]:
 
 def noted(
     inputs: Sequence[Tensor], compute: Callable[[], tuple[Tensor, ...]]
-) -> tuple[tuple[Tensor, ...], Repeat | None]:
+) -> tuple[tuple[Tensor, ...], Program | None]:
     """The results of `compute`, which does nothing but launch kernels, and how to repeat that with other inputs of the
-    same sizes, types and alignments. None where it cannot be: there is no compiled library, an argument is neither a
-    tensor, the descriptor of one that was seen, a number nor left out, two of the tensors begin at one address,
-    temporaries take too much memory, or a kernel is not started by its arguments alone.
+    same sizes, types and alignments, temporaries lying over one another where no launch sees both.
+
+    None where it cannot be: there is no compiled library, an argument is neither a tensor, the descriptor of one that
+    was seen, a number nor left out, two of the tensors begin at one address, temporaries take too much memory, or a
+    kernel is not started by its arguments alone.
     """
     with noting() as launches:
         results = compute()
@@ -83,8 +64,7 @@ def noted(
     steps = [as_launch(*launched, places) for launched in launches]
     if size > MOST_BYTES or None in steps:
         return results, None
-    shapes = tuple((result.shape, result.dtype) for result in results)
-    return results, Repeat(Program(steps, len(given) + 1), shapes, size)
+    return results, Program(steps, inputs, results, size)
 
 
 def _temporaries(launches: Sequence[Sequence[Any]], places: dict[int, Address]) -> dict[int, Temporary] | None:

@@ -248,9 +248,9 @@ def test_a_repeated_layer_gives_what_its_parts_do(monkeypatch, pre_norm, tma_pro
                 patch.setattr(encoder_layer, "MOST_BYTES", dict.fromkeys(encoder_layer.MOST_BYTES, 0))
                 by_parts = results(x, parameters, grad.detach())
             assert all(map(torch.equal, repeated, by_parts))
-        repeats = encoder_layer._kept.values()
-        assert len(repeats) == 3 and all(repeats)
-        assert any(repeat.program.num_matrices for repeat in repeats) == (not tma_products)
+        programs = encoder_layer._kept.values()
+        assert len(programs) == 3 and all(programs)
+        assert any(program.num_matrices for program in programs) == (not tma_products)
 
 
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")

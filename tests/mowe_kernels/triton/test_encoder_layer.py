@@ -60,7 +60,7 @@ from mowe_kernels.triton._descriptors import TMA_PRODUCTS
 from mowe_kernels.triton.grouped_mlp import Block
 
 _launch.Launch.__call__ = lambda self, programs, *args: self._start(-1, programs, args)
-repeated._repeatable = lambda inputs: True
+repeated._launches = lambda device: True
 repeated.attention.choose = lambda *args: repeated.varlen_attention
 # Each has a place of its own, by which it is told from the others.
 _repeat.laid_out = lambda given: [sum(t.size for t in given[:i]) for i in range(len(given))]
@@ -114,8 +114,8 @@ for pre_norm, block, products in itertools.product((True, False), blocks, (0, TM
             assert len(expected[0][0]) == (7 if block is None else 5 if pre_norm else 6)
             assert run(repeated, parameters, count, how, needs, *others) == expected
         # by direction, sizes, types and alignments, not by layers and lengths
-        assert len(repeated._kept) == 21 and all(repeated._kept.values())
-        assert any(repeat.program.num_matrices for repeat in repeated._kept.values()) == (not products)
+        assert len(repeated._kept) == 18 and all(repeated._kept.values())
+        assert any(program.num_matrices for program in repeated._kept.values()) == (not products)
 
 how = 40, 2, True, 1e-5, False
 for module, name, value, kept, not_repeated in (

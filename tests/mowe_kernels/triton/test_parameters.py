@@ -23,8 +23,7 @@ offsets, out = torch.zeros(3, dtype=torch.int32), torch.zeros(64, 64, dtype=torc
 (a, w), _ = operands((x, (64, 32)), (weight, (64, 32)))
 constants = dict(E=2, BE=2, N=64, K=64, TRANSPOSED=False, GELU=False, BM=64, BN=64, BK=32, BAND=8, TMA=True)
 gemm = Launch(_gemm.grouped_gemm_kernel, num_warps=4, num_stages=2, **constants)
-inputs = x, weight, offsets
-addresses = [tensor.data_ptr() for tensor in inputs]
+inputs = [x, weight, offsets]
 
 def note():
     def compute():
@@ -32,32 +31,39 @@ def note():
         return (out,)
     return noted(inputs, compute)[1]
 
-def made(repeat):
+def made():
     (launch,) = started()
     assert launch.programs == 5
     return [value if isinstance(value, int) else value[:2] for value in launch.parameters]
 
-repeat = note()
-by_triton = made(repeat)
-repeat(0, addresses, x)
-again = made(repeat)
-assert again[:-3] == by_triton[:-3] and again[-2:] == [0, 0]  # the result is a new tensor
+again = note()
+by_triton = made()
+(result,) = again(inputs, 7)
+parameters = made()
+assert parameters == [*by_triton[:-3], result.data_ptr(), 0, 0]
+assert (result.shape, result.dtype) == (out.shape, out.dtype)
+
+# Other inputs are told from those: by number, sizes, type, alignment and strides.
+flat = torch.zeros(5000, dtype=torch.bfloat16)
+for other in (x[:63], x.half(), flat[1:4097].view(64, 64), x.T, x[None]):
+    assert again([other, *inputs[1:]], 7) == []
+assert again(inputs[:2], 7) == [] and not started()
 
 # A thread in which nobody has used the device yet.
 failed = []
 def in_thread():
     try:
-        repeat(0, addresses, x)
+        again(inputs, 7)
     except RuntimeError as error:
         failed.append(error)
 thread = threading.Thread(target=in_thread)
 thread.start(), thread.join()
-assert not failed and made(repeat)[:-3] == by_triton[:-3]
+assert not failed and made()[:-3] == by_triton[:-3]
 
 for error in (719, 1234):
     fake().fake_error(error)
     try:
-        repeat(0, addresses, x)
+        again(inputs, 7)
     except RuntimeError as error:
         print(error)
 fake().fake_error(0)
@@ -69,26 +75,34 @@ assert note() is None
 """
 
 NEWER = """
-import torch
-from mowe_kernels.csrc.launch import Address, Launch, Matrix, Program, Value
-from tests.mowe_kernels.triton.no_gpu import _sizes
 import ctypes
+import torch
+from mowe_kernels.csrc.launch import Address, Launch, Matrix, Program, Value, available
+from tests.mowe_kernels.triton.no_gpu import _sizes
 
+assert available()
 fake().fake_version(13020)
 fake().cuCtxSetCurrent(ctypes.c_void_p(1))
 _sizes[1] = [128, 4]
 fake().fake_parameters(ctypes.c_uint64(1), 2, (ctypes.c_size_t * 2)(128, 4))
 matrix = Matrix(Address(1, 256), type=9, swizzle=3, itemsize=2, shape=(64, 32), block=(16, 8))
-Program([Launch(1, 2, 64, 1024, (matrix, Value(2**32 - 1, 4)))], 2)([0, 2**40], 0, 7)
+x, out = torch.zeros(3), torch.zeros(0, 2, dtype=torch.float16)
+program = Program([Launch(1, 2, 64, 1024, (matrix, Value(2**32 - 1, 4)))], [x, x], [out], 0)
+(result,) = program([x, x], 7)
+assert (result.shape, result.dtype) == (out.shape, out.dtype)
 (launch,) = started()
 assert launch[:5] == (1, 2, 64, 1024, 7) and launch.parameters[1] == 2**32 - 1
-assert launch.parameters[0] == (2**40 + 256, 2**32 - 2**16 + 9, 2, 32, 64, 64, 8, 16, 1, 1, 0, 3, 2, 0, 0, 0)
+assert launch.parameters[0] == (x.data_ptr() + 256, 2**32 - 2**16 + 9, 2, 32, 64, 64, 8, 16, 1, 1, 0, 3, 2, 0, 0, 0)
 """
 
 
 @needs_compiler
 def test_launches_are_made_again_and_what_goes_wrong_is_said():
-    assert printed_by(SCRIPT).split("\n") == ["CUDA error: unspecified launch failure", "CUDA error: unknown error"]
+    errors = printed_by(SCRIPT).split("\n")
+    assert [error.split(", ")[-1] for error in errors] == [
+        "CUDA error: unspecified launch failure",
+        "CUDA error: unknown error",
+    ]
 
 
 @needs_compiler
