@@ -100,4 +100,5 @@ def _convolve(x: Tensor, starts: Tensor, lengths: Tensor, out: Level, layer, str
 def _owners(offsets: Tensor, count: int) -> Tensor:
     """[count] the group of each row, the last one's of rows that are nobody's."""
     rows = torch.arange(count, device=offsets.device, dtype=offsets.dtype)
-    return torch.searchsorted(offsets[1:], rows, right=True).clamp(max=len(offsets) - 2)
+    # Not in offsets[1:]: on a GPU, torch.compile would search from where that view's storage begins.
+    return torch.searchsorted(offsets, rows, right=True).sub(1).clamp(max=len(offsets) - 2)

@@ -156,7 +156,9 @@ class Workload:
         return [self._placed(make) for make in self.pool]
 
     def _placed(self, make: Callable[[], nn.Module]) -> nn.Module:
-        return make().to(self.device, self.torch_dtype).eval()
+        with torch.device(self.device):  # where a GPU draws the weights in no time
+            model = make()
+        return model.to(self.device, self.torch_dtype).eval()
 
     def waveforms(self) -> list[Tensor]:
         """1-D float32 noise at 16 kHz; no step of any provider looks at what the clips hold."""
