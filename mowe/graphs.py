@@ -20,7 +20,7 @@ from mowe_kernels.plan import device_lengths, static_lengths
 
 Key = tuple[str, Any]
 _PLAN = ("order", "position", "encoder", "cu_seqlens", "group_offsets")
-_RESULTS = ("weights", "indices", "router_logits", "independent_logits", "aux_loss")
+_RESULTS = ("weights", "indices", "router_logits", "independent_logits")
 
 
 class MixtureGraph:

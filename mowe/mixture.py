@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from numbers import Integral
@@ -15,7 +15,7 @@ from mowe.audio import AudioBatch
 from mowe.configuration_mowe import MoweConfig
 from mowe.errors import AudioError, ConfigError
 from mowe.families import ClipFeatures, KeepsFixed, family_class
-from mowe.losses import router_loss
+from mowe.losses import RouterLogits, router_loss
 from mowe.pool import EncoderPool
 from mowe.projector import BaseFeatures, MoweProjector
 from mowe.router import MoweRouter
@@ -34,8 +34,8 @@ class MixtureOutput:
 
     tokens: [R, H], clip after clip. lengths: tokens of each clip, host integers. weights: float32 [B, k], what scales
     each slot's features. indices: int64 [B, k], the encoder of each slot. router_logits: [B, E], None without a
-    data-dependent slot. independent_logits: [E], None without a data-independent slot. aux_loss: the weighted sum of
-    the router losses, a float32 scalar, None without any. plan: how the pairs lay in memory.
+    data-dependent slot. independent_logits: [E], None without a data-independent slot. router_losses: the coefficients
+    of aux_loss. plan: how the pairs lay in memory.
     """
 
     tokens: Tensor
@@ -44,8 +44,17 @@ class MixtureOutput:
     indices: Tensor
     router_logits: Tensor | None
     independent_logits: Tensor | None
-    aux_loss: Tensor | None
+    router_losses: Mapping[str, float]
     plan: PackPlan
+
+    @property
+    def aux_loss(self) -> Tensor | None:
+        """The weighted sum of the router losses, a float32 scalar, None without any.
+
+        Made of the logits anew whenever it is read, so that it costs nothing where nobody learns. A reader under
+        `torch.no_grad` gets one without a gradient, and leaves the next reader's alone.
+        """
+        return router_loss(RouterLogits(self.router_logits, self.independent_logits), self.router_losses)
 
     def clip(self, index: int) -> Tensor:
         """[T, H]: the tokens of one clip."""
@@ -103,7 +112,7 @@ class Mixture(KeepsFixed, nn.Module):
             routing.indices,
             routing.logits.dependent,
             routing.logits.independent,
-            router_loss(routing.logits, self.config.router_losses or {}),
+            self.config.router_losses or {},
             routing.plan,
         )
 
