@@ -20,7 +20,7 @@ LEVELS = (
     ("mowe.checkpoint",),
     ("mowe.pool", "mowe.router", "mowe.projector"),
     ("mowe.mixture", "mowe.graphs"),
-    ("mowe.modeling_mowe", "mowe.processing_mowe", "mowe.quantization"),
+    ("mowe.model", "mowe.modeling_mowe", "mowe.processing_mowe", "mowe.quantization"),
     ("mowe.attach", "mowe.data"),
     ("mowe.evaluation",),
     ("mowe.training",),
