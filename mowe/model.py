@@ -18,10 +18,10 @@ from mowe.errors import AudioError, ConfigError, naming
 from mowe.families import FAMILIES, ClipFeatures, EncoderFamily, KeepsFixed, family_class
 from mowe.families.stacked import StackedConv, StackedLinear, StackedNorm
 from mowe.mixture import MixtureOfWeakEncoders, MixtureOutput
-from mowe.pool import EncoderPool
+from mowe.pool import EncoderPool, Layouts
 from mowe.projector import BaseFeatures, MoweProjector
 from mowe.router import MoweRouter
-from mowe_kernels import PackLayout, PackPlan
+from mowe_kernels import PackPlan
 
 _OURS = (EncoderFamily, StackedConv, StackedLinear, StackedNorm, MoweProjector, MoweRouter)
 
@@ -103,7 +103,7 @@ class MoweModel(MowePreTrainedModel):
             raise ConfigError(
                 f"the language model's embeddings have width {width}, expected its hidden_size {hidden_size}"
             )
-        self._layouts: dict[torch.device, PackLayout] = {}
+        self._layouts = Layouts([0], [self.audio_tower.num_levels])
         self.post_init()
 
     @property
@@ -136,12 +136,10 @@ class MoweModel(MowePreTrainedModel):
         """Packed features of the base encoder; frames that lie in padding are encoded with it and then left out."""
         tower, audio = self.audio_tower, features.audio
         device = audio.samples.device
-        if device not in self._layouts:
-            self._layouts[device] = PackLayout.build([0], [tower.num_levels], device)
         levels = tower.lengths(features)
         tower.prepare(features)
         one = torch.zeros(len(audio.lengths), 1, dtype=torch.int64, device=device)
-        plan = PackPlan.build(one, levels, self._layouts[device]).family(0)
+        plan = PackPlan.build(one, levels, self._layouts.on(device)).family(0)
         own = tuple(tower.level_lengths(samples, "valid")[-1] for samples in audio.lengths)
         rows = tower(features, plan)[: sum(levels[-1])]  # a plan may have room for more
         return BaseFeatures(rows, plan.rows.starts, own, tower.clock)

@@ -77,6 +77,29 @@ for _kind in (PoolOutput, PackPlan, PackLayout):
     torch.export.register_dataclass(_kind)
 
 
+class Layouts:
+    """The fixed part of every plan of some families, on the devices that asked for it.
+
+    families: the number of each encoder's family. levels: how many each family has. Copies and pickles begin without
+    any layout: they may go where those devices are not.
+    """
+
+    def __init__(self, families: Sequence[int], levels: Sequence[int]):
+        self.families, self.levels = families, levels
+        self._kept: dict[torch.device, PackLayout] = {}
+
+    def on(self, device: torch.device) -> PackLayout:
+        """The one on a device, made when first asked for."""
+        if torch.compiler.is_compiling():  # a compiled graph would be made anew once the layout is kept
+            return PackLayout.build(self.families, self.levels, device)
+        if device not in self._kept:
+            self._kept[device] = PackLayout.build(self.families, self.levels, device)
+        return self._kept[device]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Layouts, (self.families, self.levels)
+
+
 class EncoderPool(KeepsFixed, nn.Module):
     """E weak encoders, numbered as given; encoders of one architecture and size are stacked and run together.
 
@@ -106,7 +129,9 @@ class EncoderPool(KeepsFixed, nn.Module):
         )
         self.families = cast(Sequence[EncoderFamily], families)
         self.members = tuple(map(tuple, members.values()))
-        self._layouts: dict[torch.device, PackLayout] = {}
+        family_of = {index: f for f, indices in enumerate(self.members) for index in indices}
+        of_each = [family_of[index] for index in range(len(configs))]
+        self._layouts = Layouts(of_each, [family.num_levels for family in self.families])
 
     @classmethod
     def from_encoders(
@@ -116,6 +141,8 @@ class EncoderPool(KeepsFixed, nn.Module):
         context: Context = "window",
     ) -> EncoderPool:
         """A pool with the weights of transformers modules, each of which is or holds one supported encoder.
+
+        The weights are copied, `requires_grad` is not: the pool of frozen modules learns until it is frozen itself.
 
         feature_extractors: what prepares each encoder's input (only `do_normalize` of a wave encoder matters). Without
         them a wave encoder gets the waveform as it is. context: used where `encode` and the mixture are not told.
@@ -169,16 +196,7 @@ class EncoderPool(KeepsFixed, nn.Module):
 
     def layout(self, device: torch.device) -> PackLayout:
         """The fixed part of every plan of this pool."""
-        if torch.compiler.is_compiling():  # a compiled graph would be made anew once the layout is kept
-            return self._new_layout(device)
-        if device not in self._layouts:
-            self._layouts[device] = self._new_layout(device)
-        return self._layouts[device]
-
-    def _new_layout(self, device: torch.device) -> PackLayout:
-        family_of = {index: f for f, indices in enumerate(self.members) for index in indices}
-        families = [family_of[index] for index in range(self.num_encoders)]
-        return PackLayout.build(families, [f.num_levels for f in self.families], device)
+        return self._layouts.on(device)
 
     def lengths(self, features: ClipFeatures) -> list[list[int]]:
         """[L][B]: frames of each clip at each level of each family."""
@@ -201,7 +219,8 @@ class EncoderPool(KeepsFixed, nn.Module):
         waveforms: B 1-D float tensors at 16 kHz, trusted to be finite. indices: integer [B, k], encoder of each slot,
         -1 for none.
         context: "valid" or "window", the pool's own by default.
-        Raises AudioError for waveforms that cannot be encoded, ConfigError for indices that do not fit.
+        Raises AudioError for waveforms that cannot be encoded, ConfigError for indices that do not fit; the values of
+        those on a GPU are not looked at.
         """
         device = next(self.parameters()).device
         features = ClipFeatures(AudioBatch.from_waveforms(waveforms, device), context or self.config.context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from dataclasses import replace
 from types import SimpleNamespace
@@ -327,6 +328,14 @@ def test_all_pairs_at_once(pool):
                 assert found.data_ptr() == out.pair(c, s).data_ptr() and torch.equal(found, out.pair(c, s))
     with pytest.raises(ConfigError, match="slot 1 of clip 1 is unused"):
         out.pair(1, 1)
+
+
+def test_a_pickle_holds_nothing_of_the_devices_that_the_pool_was_on():
+    pool = EncoderPool.from_encoders([hubert(0)])
+    fresh = pickle.dumps(pool)
+    expected = pool.encode(clips(700), [[0]]).rows[0]
+    assert pickle.dumps(pool) == fresh
+    assert torch.equal(pickle.loads(fresh).encode(clips(700), [[0]]).rows[0], expected)
 
 
 def test_other_bad_input(pool):
