@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from os import PathLike
 from typing import Any
 
@@ -45,8 +45,9 @@ __all__ = [
 class MoweCausalLMOutputWithPast(ModelOutput):
     """Output of MoweForConditionalGeneration.
 
-    loss: next-token loss plus aux_loss. logits: [B, T, V]. aux_loss: weighted sum of the router losses. router_logits:
-    [audio windows, E] of the data-dependent router. router_indices: int64 [audio windows, k], the chosen encoders.
+    loss: next-token loss plus aux_loss. logits: [B, T, V]. aux_loss: weighted sum of the router losses, a float32
+    scalar. router_logits: float32 [audio windows, E] of the data-dependent router. router_indices: int64
+    [audio windows, k], the chosen encoders. Without audio the last three are None.
     """
 
     loss: Tensor | None = None
@@ -136,6 +137,9 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
         if not isinstance(audio_tower, nn.Module):
             audio_tower, extractor = load_pretrained_encoder(audio_tower)
             settings.setdefault("audio_do_normalize", normalizes(audio_tower, extractor))
+        # The configuration would take those of `generate` too: top_k.
+        if unknown := sorted(settings.keys() - {field.name for field in fields(MoweConfig)}):
+            raise ConfigError(f"unknown settings {unknown}, no fields of MoweConfig")
         base = find_encoder(audio_tower)
         if not isinstance(pool, EncoderPool):
             pool = EncoderPool.from_pretrained(pool, settings.get("context", "window"))

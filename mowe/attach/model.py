@@ -158,10 +158,11 @@ def attach(
             f"there first: pool.to({str(device)!r}, {dtype})"
         )
     chosen = layout.fusions[0] if fusion == "auto" else fusion
-    config = AdapterConfig(
-        **{**settings, **measure(model, layout, chosen), "fusion": chosen, "pool_config": pool.config}
-    )
-    return join(model, AttachedMixture(config, pool, layout))
+    measured = {**measure(model, layout, chosen), "fusion": chosen, "pool_config": pool.config}
+    routers = AdapterConfig.__annotations__.keys() - measured.keys()
+    if unknown := sorted(settings.keys() - routers):  # the configuration would take those of `generate`: top_k
+        raise ConfigError(f"unknown settings {unknown}; known: {', '.join(sorted(routers))}")
+    return join(model, AttachedMixture(AdapterConfig(**settings, **measured), pool, layout))
 
 
 def detach(model: Model) -> Model:
