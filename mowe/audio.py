@@ -165,18 +165,18 @@ class AudioBatch:
     def from_padded(cls, waveforms: Tensor, mask: Tensor | None, name: str) -> AudioBatch:
         """[N, S] waveforms, called `name` in errors, and their mask. Reads the lengths back from the device once.
 
-        Raises `AudioError` for shapes that do not fit, gaps in the mask, and windows under `MIN_SAMPLES`.
+        Raises `AudioError` for shapes that do not fit, gaps in the mask, no windows, and windows under `MIN_SAMPLES`.
         """
         if waveforms.dim() != 2 or (mask is not None and mask.shape != waveforms.shape):
             got = f"{list(waveforms.shape)} and {None if mask is None else list(mask.shape)}"
             raise AudioError(f"{name} and their mask must be [windows, samples], got {got}")
         count, samples = waveforms.shape
         lengths, ends = [samples] * count, [samples] * count
-        if mask is not None:
+        if mask is not None and samples:
             real = mask.bool()
             last = samples - real.flip(1).byte().argmax(1)  # the first of the largest, seen from the end
             lengths, ends = torch.stack((real.sum(1), last)).tolist()
-        shortest = min(lengths, default=0)
+        shortest = min(lengths, default=MIN_SAMPLES)  # that there are none is told below
         if shortest < MIN_SAMPLES:
             raise AudioError(f"every window of audio needs {MIN_SAMPLES} samples (25 ms) or more, got {shortest}")
         if lengths != ends:

@@ -94,6 +94,13 @@ class Mixture(KeepsFixed, nn.Module):
         self.pool = pool
         self.router = MoweRouter(config, base_width, pool.num_encoders)
 
+    def _replicate_for_data_parallel(self) -> Any:
+        """What torch.nn.DataParallel calls: its replicas have no parameters, which are read here without a call."""
+        raise ConfigError(
+            "torch.nn.DataParallel cannot copy a mixture: start one process a GPU (torchrun, accelerate launch) or let "
+            "this one see a single GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
+
     def mix(self, base: BaseFeatures, features: ClipFeatures) -> MixtureOutput:
         """The mixture over packed base features and the clips they come from, in its own dtype, autocast or not."""
         device = base.rows.device
@@ -121,7 +128,8 @@ class MixtureOfWeakEncoders(Mixture):
     """Drop-in for the projector of an AudioLLM: adds a routed mixture of weak encoders to its base features.
 
     config: routers and projector; its audio_config gives the base width and frame rate, its text_config the width of
-    the language model. pool: the weak encoders.
+    the language model. pool: the weak encoders, which become part of the mixture. Routers and projector are new, of
+    torch's default device and dtype wherever the pool is: `.to(device, dtype)` puts the mixture where the model is.
     base_clock: when the base frames happen, those of audio_config's encoder at first. Assign another one where they
     were shortened since: of Whisper frames averaged in twos it is `mowe_kernels.FrameClock(hop=640, offset=160)`.
     """
@@ -138,8 +146,9 @@ class MixtureOfWeakEncoders(Mixture):
     def forward(
         self, base: Tensor, waveforms: Sequence[Tensor], base_lengths: Sequence[int] | Tensor | None = None
     ) -> MixtureOutput:
-        """base: [B, T, D], the base encoder's features. waveforms: the B clips, 1-D float tensors at 16 kHz, trusted
-        to be finite (a NaN stays in its clip).
+        """base: [B, T, D], the base encoder's features, on the mixture's device. waveforms: the B clips, 1-D float
+        tensors at 16 kHz on any device, trusted to be finite (a NaN stays in its clip). Both may be of any dtype: the
+        tokens have that of the mixture.
 
         base_lengths: frames of each clip that are not padding, host integers; all T by default. A tensor of them is
         read back from its device.
@@ -156,10 +165,12 @@ class MixtureOfWeakEncoders(Mixture):
     ) -> tuple[int, ...]:
         """Frames of each clip that are not padding; raises AudioError as `forward` does."""
         width = self.config.audio_config.hidden_size
-        if base.dim() != 3 or base.shape[2] != width or base.shape[0] != len(waveforms):
+        if base.dim() != 3 or base.shape[2] != width or base.shape[0] != len(waveforms) or base.shape[1] < 1:
             raise AudioError(f"base must be [{len(waveforms)}, T, {width}], one entry a clip, got {list(base.shape)}")
         batch, frames, _ = base.shape
         if isinstance(base_lengths, Tensor):
+            if base_lengths.dim() != 1:  # a mask, perhaps
+                raise AudioError(f"base_lengths must be [{batch}], one entry a clip, got {list(base_lengths.shape)}")
             base_lengths = base_lengths.tolist()
         lengths = tuple(base_lengths) if base_lengths is not None else (frames,) * batch
         if len(lengths) != batch or not all(isinstance(n, _INTEGER) and 0 < n <= frames for n in lengths):

@@ -309,6 +309,11 @@ def test_more_slots_than_encoders():
         MixtureOfWeakEncoders(config, pool)
 
 
+def test_replicas_of_data_parallel_are_refused():
+    with pytest.raises(ConfigError, match="DataParallel cannot copy a mixture: start one process a GPU"):
+        mixture()._replicate_for_data_parallel()
+
+
 def test_a_base_encoder_of_no_family():
     config = MoweConfig(audio_config={"model_type": "bert"}, text_config=TEXT)
     with pytest.raises(ConfigError, match="encoders of type 'bert' are not supported"):
@@ -325,7 +330,10 @@ def test_a_base_encoder_of_no_family():
         ((2, 9, BASE_WIDTH), 2, [9, 0], r"base_lengths must be 2 integers in 1\.\.9, got \[9, 0\]"),
         ((2, 9, BASE_WIDTH), 2, [10, 1], r"base_lengths must be 2 integers in 1\.\.9, got \[10, 1\]"),
         ((2, 9, BASE_WIDTH), 2, [9.0, 1.0], r"must be 2 integers in 1\.\.9, got \[9\.0, 1\.0\]"),
-        ((2, 2, BASE_WIDTH), 2, torch.ones(2, 2), r"must be 2 integers in 1\.\.2, got \[\[1\.0, 1\.0\], "),
+        ((2, 9, BASE_WIDTH), 2, torch.ones(2), r"must be 2 integers in 1\.\.9, got \[1\.0, 1\.0\]"),
+        ((2, 9, BASE_WIDTH), 2, torch.ones(2, 9), r"base_lengths must be \[2\], one entry a clip, got \[2, 9\]"),
+        ((1, 9, BASE_WIDTH), 1, torch.tensor(9), r"base_lengths must be \[1\], one entry a clip, got \[\]"),
+        ((2, 0, BASE_WIDTH), 2, None, r"base must be \[2, T, 32\], .* got \[2, 0, 32\]"),
         ((0, 9, BASE_WIDTH), 0, None, "expected at least one clip"),
     ],
 )

@@ -261,9 +261,11 @@ MASK = torch.ones(1, 800)
     ("inputs", "told"),
     [
         ({"input_features": torch.zeros(800)}, "must be [windows, samples], got [800]"),
+        ({"input_features": torch.zeros(0, 800)}, "at least one clip, got none"),
+        (dict.fromkeys(("input_features", "input_features_mask"), torch.zeros(0, 0)), "at least one clip, got none"),
+        (dict.fromkeys(("input_features", "input_features_mask"), torch.zeros(2, 0)), "or more, got 0"),
         ({"input_features": torch.zeros(1, 800, 1)}, "must be [windows, samples], got [1, 800, 1]"),
         ({"input_features": torch.zeros(1, 800), "input_features_mask": MASK[:, 1:]}, "and [1, 799]"),
-        ({"input_features": torch.zeros(0, 800)}, "needs 400 samples (25 ms) or more, got 0"),
         ({"input_features": torch.zeros(1, 0)}, "needs 400 samples (25 ms) or more, got 0"),
         ({"input_features": torch.zeros(1, 399)}, "needs 400 samples (25 ms) or more, got 399"),
         ({"input_features": torch.zeros(1, 800), "input_features_mask": MASK * 0}, "or more, got 0"),
