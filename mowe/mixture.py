@@ -32,10 +32,11 @@ _INTEGER: tuple[Any, ...] = (Integral, torch.SymInt)  # of numpy, and of an expo
 class MixtureOutput:
     """Embeddings for the language model, packed.
 
-    tokens: [R, H], clip after clip. lengths: tokens of each clip, host integers. weights: float32 [B, k], what scales
-    each slot's features. indices: int64 [B, k], the encoder of each slot. router_logits: [B, E], None without a
-    data-dependent slot. independent_logits: [E], None without a data-independent slot. router_losses: the coefficients
-    of aux_loss. plan: how the pairs lay in memory.
+    tokens: [R, H], clip after clip, in the mixture's dtype. lengths: tokens of each clip, host integers. weights:
+    float32 [B, k], what scales each slot's features. indices: int64 [B, k], the encoder of each slot. router_logits:
+    float32 [B, E], temperature and noise included, None without a data-dependent slot. independent_logits: float32 [E],
+    as these, None without a data-independent slot. router_losses: the coefficients of aux_loss. plan: how the pairs lay
+    in memory.
     """
 
     tokens: Tensor
@@ -57,7 +58,7 @@ class MixtureOutput:
         return router_loss(RouterLogits(self.router_logits, self.independent_logits), self.router_losses)
 
     def clip(self, index: int) -> Tensor:
-        """[T, H]: the tokens of one clip."""
+        """[T, H]: the tokens of one clip, a view. Raises IndexError for one outside of the batch."""
         return self.tokens.narrow(0, sum(self.lengths[:index]), self.lengths[index])
 
     def padded(self) -> tuple[Tensor, Tensor]:

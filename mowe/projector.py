@@ -83,7 +83,8 @@ class MoweProjector(nn.Module):
     ) -> tuple[Tensor, Tensor, tuple[int, ...]]:
         """Packed tokens [R, out_features], their int32 offsets [B+1] and the host lengths.
 
-        weights: float32 [B, k]. clocks: when the frames of each family happen.
+        base: of B clips, in any dtype. weak: features of k slots for the same clips. weights: float32 [B, k]. clocks:
+        when the frames of each family happen.
         """
         device, dtype = base.rows.device, self.base_weight.dtype
         lengths = self.levels(base.lengths)

@@ -47,7 +47,9 @@ class MoweRouter(nn.Module):
             nn.init.zeros_(self.independent_logits)
 
     def forward(self, summary: Tensor, lengths: Sequence[Sequence[int]], layout: PackLayout) -> Routing:
-        """summary: [B, D], mean base frame of each clip. lengths: [L][B], frames of each clip at each level."""
+        """summary: [B, D], mean base frame of each clip, of any dtype: the choice is made in float32. lengths: [L][B],
+        frames of each clip at each level of each family. layout: the pool's, on the device of the summary.
+        """
         dependent = None
         if self.dependent is not None:
             dependent = torch.nn.functional.linear(summary.float(), self.dependent.weight.float())
