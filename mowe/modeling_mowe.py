@@ -134,12 +134,12 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
         HuBERT-base-er as pool. All parts are in full precision; `mowe.quantize` takes the model made of them.
         Raises CheckpointError for checkpoints that cannot be read, ConfigError for parts that do not go together.
         """
+        # The configuration would take those of `generate` too: top_k.
+        if unknown := sorted(settings.keys() - {field.name for field in fields(MoweConfig)}):
+            raise ConfigError(f"MoweConfig: unknown keys {unknown}")
         if not isinstance(audio_tower, nn.Module):
             audio_tower, extractor = load_pretrained_encoder(audio_tower)
             settings.setdefault("audio_do_normalize", normalizes(audio_tower, extractor))
-        # The configuration would take those of `generate` too: top_k.
-        if unknown := sorted(settings.keys() - {field.name for field in fields(MoweConfig)}):
-            raise ConfigError(f"unknown settings {unknown}, no fields of MoweConfig")
         base = find_encoder(audio_tower)
         if not isinstance(pool, EncoderPool):
             pool = EncoderPool.from_pretrained(pool, settings.get("context", "window"))

@@ -223,7 +223,7 @@ def test_parts_that_cannot_be_joined() -> None:
         tiny_model(pool="folder")
     with pytest.raises(ConfigError, match="num_dependent_slots is 5 but the pool has 4"):
         tiny_model(num_dependent_slots=5)
-    with pytest.raises(ConfigError, match=r"unknown settings \['slots', 'top_k'\], no fields of MoweConfig"):
+    with pytest.raises(ConfigError, match=r"MoweConfig: unknown keys \['slots', 'top_k'\]"):
         tiny_model(slots=5, top_k=2)
     short = whisper(0, max_source_positions=750)
     with pytest.raises(ConfigError, match="audio_config: context 'window' is 30 s, a Whisper encoder of 750 frames"):
