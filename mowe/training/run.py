@@ -274,6 +274,7 @@ class _Run:
                 with reading_checkpoint(checkpoint):
                     state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
                 if state.global_step < state.max_steps:
+                    _check_random_states(checkpoint, self.world.num_processes)
                     return number, checkpoint
                 self._load_trained(checkpoint)
                 return number + 1, None
@@ -388,6 +389,19 @@ def _check_output(config: TrainConfig, resume: bool) -> None:
         was, is_now = before.get(name, defaults.get(name)), now.get(name)
         if was != is_now and name not in _FREE_TO_CHANGE:
             raise ConfigError(f"{name}: {output} was begun with {was!r}, it cannot go on with {is_now!r}")
+
+
+def _check_random_states(checkpoint: str, processes: int) -> None:
+    """Raise CheckpointError where they are not those of as many processes: a run would go on with other chance, and
+    with steps of another size.
+    """
+    expected = ["rng_state.pth"] if processes == 1 else [f"rng_state_{index}.pth" for index in range(processes)]
+    found = sorted(path.name for path in Path(checkpoint).glob("rng_state*.pth"))
+    if found != sorted(expected):
+        raise CheckpointError(
+            f"{checkpoint}: expected {' '.join(expected)}, the random state of each process, "
+            f"got {' '.join(found) or 'none'}; a run goes on with as many processes as it was begun with"
+        )
 
 
 def _names_of(examples: Sequence[Example]) -> Callable[[int], str]:

@@ -160,6 +160,31 @@ def test_what_is_damaged_is_told_in_one_line(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [([], "none"), (["rng_state_0.pth", "rng_state_1.pth"], "rng_state_0.pth rng_state_1.pth")],
+    ids=["lost", "of two processes"],
+)
+def test_a_run_does_not_go_on_with_other_chance(
+    settings: Callable[..., TrainConfig], tmp_path: Path, names: list[str], told: str
+) -> None:
+    config, stage = settings(stages=[{"steps": 2}], save_every=1), tmp_path / "run" / "stage-0"
+    train(config)
+    state = (stage / "checkpoint-2").rename(tmp_path / "last") / "rng_state.pth"
+    (stage / "checkpoint-1" / state.name).unlink()
+    for name in names:
+        shutil.copy(state, stage / "checkpoint-1" / name)
+    with pytest.raises(
+        CheckpointError,
+        match=f"^{stage}/checkpoint-1: expected rng_state.pth, the random state of .*, got {told}; a run",
+    ):
+        train(config, resume=True)
+    (tmp_path / "last").rename(stage / "checkpoint-2")
+    state = stage / "checkpoint-2" / state.name
+    state.unlink()
+    train(config, resume=True)  # a stage that is done needs none
+
+
 def test_a_line_of_a_log_that_is_no_entry(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
     config = settings(stages=[{"steps": 2}], save_every=1)
     train(config)
