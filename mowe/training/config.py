@@ -190,9 +190,13 @@ class TrainConfig:
         for name, value in self.trainer.items():
             if name in _OURS:
                 raise ConfigError(f"trainer.{name}: is set by {_OURS[name]}")
+            if name in _WITHOUT_EFFECT:
+                raise ConfigError(f"trainer.{name}: has no effect here, {_WITHOUT_EFFECT[name]}")
             if name not in known:
                 raise ConfigError(f"trainer.{name}: no field of TrainingArguments{_suggest(name, known)}")
             self.trainer[name] = as_config(known[name], value, f"trainer.{name}")
+        if self.trainer.get("eval_on_start") and not self.data.validation:
+            raise ConfigError("trainer.eval_on_start: needs manifests under data.validation, there are none")
 
 
 _OURS = {
@@ -209,11 +213,46 @@ _OURS = {
         ("prediction_loss_only", "remove_unused_columns", "accelerator_config", "disable_tqdm", "use_cpu",
          "fsdp_config", "ddp_find_unused_parameters", "ddp_broadcast_buffers", "logging_nan_inf_filter",
          "save_only_model", "label_smoothing_factor", "average_tokens_across_devices", "use_liger_kernel",
-         "parallelism_config", "deepspeed"),
+         "parallelism_config", "deepspeed", "debug"),
         "training here",
     ),
 }  # fmt: skip
 """What sets those fields of TrainingArguments that cannot be given under `trainer`."""
+
+_WITHOUT_EFFECT = {
+    "data_seed": "the order of the clips is that of seed",
+    "auto_find_batch_size": "a batch has as much as data.batch_frames and data.batch_clips say",
+    "resume_from_checkpoint": "mowe train --resume goes on with a run",
+    "save_on_each_node": "all nodes see the folder of output",
+    "liger_kernel_config": "liger kernels are not used",
+    "use_cache": "nothing is generated in training",
+    **dict.fromkeys(
+        ("dataloader_drop_last", "train_sampling_strategy", "length_column_name"),
+        "batches are filled up to data.batch_frames, with clips of like length",
+    ),
+    **dict.fromkeys(
+        ("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
+         "dataloader_in_order"),
+        "how clips are decoded is set by data.workers",
+    ),
+    **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), "validation computes as training does, see bf16"),
+    **dict.fromkeys(
+        ("label_names", "include_for_metrics", "batch_eval_metrics", "eval_accumulation_steps",
+         "eval_do_concat_batches", "eval_use_gather_object"),
+        "validation keeps the loss of each task alone; mowe evaluate has other metrics",
+    ),
+    **dict.fromkeys(
+        ("do_train", "do_eval", "do_predict"), "stages say what is trained, data.validation what is validated"
+    ),
+    **dict.fromkeys(
+        ("ddp_backend", "ddp_timeout", "local_rank"), "processes are connected before a configuration is read"
+    ),
+    **dict.fromkeys(
+        ("hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"),
+        "nothing is pushed to a hub",
+    ),
+}  # fmt: skip
+"""Why those fields of TrainingArguments that nothing here looks at cannot be given under `trainer` either."""
 
 
 def read_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainConfig:
