@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +19,7 @@ from mowe.errors import MoweError
 if TYPE_CHECKING:
     from mowe.cli._screen import Screen
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UsageError: Any = typer.BadParameter.__base__  # click's, or the copy that newer versions of typer carry
 
 
@@ -47,13 +50,23 @@ class _OneLineErrors(TyperGroup):
             if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
                 raise
             self._fail("this needs more memory than the GPU has: give it fewer or shorter clips at a time")
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            self._fail(f"the output cannot be written ({error.strerror})")
         except typer.Abort:
             sys.exit(1)
 
     def _fail(self, message: str) -> None:
         from mowe.cli._screen import printable
 
-        typer.secho(f"error: {printable(message)}", fg="red", err=True)
+        with suppress(OSError):  # stderr may be what cannot be written
+            typer.secho(f"error: {printable(message)}", fg="red", err=True)
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            try:
+                stream.flush()
+            except OSError:  # Python would try once more on its way out, and complain
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         sys.exit(2)
 
 

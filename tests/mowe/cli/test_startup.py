@@ -6,15 +6,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[3]
 
 
-def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"}
-    return subprocess.run([sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True)
+def python(code: str, *arguments: str, stdout: Any = subprocess.PIPE, **variables: str) -> Any:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"} | variables
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], [], ["--version"], ["routes", "--help"], ["routes", "--bogus"]])
@@ -54,3 +56,29 @@ def test_the_process_ends_bad_input_without_a_traceback(tmp_path: Path) -> None:
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"error: {fake}: ")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["--help"], [], ["--version"], ["train", "--help"], ["info", "--json"]])
+def test_a_full_disk_is_told_in_one_line(arguments: list[str], unbuffered: str) -> None:
+    with open("/dev/full", "w") as full:
+        done = python("from mowe.cli import main; main()", *arguments, stdout=full, PYTHONUNBUFFERED=unbuffered)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert done.stderr.endswith("cannot be written (No space left on device)\n")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["info"], ["info", "--json"]])
+def test_a_reader_that_has_gone_is_told_nothing(arguments: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = python("from mowe.cli import main; main()", *arguments, stdout=writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_an_error_that_cannot_be_told_has_its_exit_code() -> None:
+    code = "import sys; sys.stderr = open('/dev/full', 'w'); from mowe.cli import main; main()"
+    assert python(code, "bogus").returncode == 2
