@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field
@@ -38,6 +39,7 @@ class ManifestConfig:
     weight: float = 1.0
 
     def check(self) -> None:
+        _path("manifest", self.manifest)
         _positive(self, "weight")
 
 
@@ -66,10 +68,12 @@ class DataConfig:
             raise ConfigError("train: expected at least one manifest, got none")
         _positive(self, "batch_frames", "batch_clips")
         _not_negative(self, "workers")
+        for number, path in enumerate(self.validation):
+            _path(f"validation.{number}", path)
         for task, weight in self.task_weights.items():
             if self.tasks is not None and task not in self.tasks:
                 raise ConfigError(f"task_weights: {task!r} is not among tasks{_suggest(task, self.tasks)}")
-            if not weight >= 0:
+            if not 0 <= weight < math.inf:
                 raise ConfigError(f"task_weights.{task}: must not be negative, got {weight}")
 
 
@@ -179,8 +183,13 @@ class TrainConfig:
     def check(self) -> None:
         if not self.stages:
             raise ConfigError("stages: expected at least one, got none")
+        _path("output", self.output)
+        if isinstance(self.model, str):
+            _path("model", self.model)
         _positive(self, "accumulate", "log_every", "save_every", "evaluate_every", "keep")
         _not_negative(self, "seed", "weight_decay", "max_grad_norm")
+        if self.seed >= 2**32:
+            raise ConfigError(f"seed: must be below 2**32, got {self.seed}")
         if self.fsdp and any(isinstance((stage.trainable or self.trainable).pool, list) for stage in self.stages):
             raise ConfigError(
                 "fsdp: the encoders of the pool are sharded together, trainable.pool must be true or false"
@@ -260,15 +269,13 @@ def read_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
     Raises ConfigError, naming the file and the field.
     """
-    import yaml
-
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = _parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected fields and values, got {type(data).__name__}")
     for override in overrides:
@@ -353,15 +360,32 @@ def _as_number(kind: type, value: Any) -> Any:
     return kind(value) if kind is float or float(value).is_integer() else None
 
 
-def _override(data: dict[str, Any], override: str) -> None:
+def _parse(text: str) -> Any:
+    """YAML in which no field comes twice, of which the last would count. Raises ValueError."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen = set()
+            for key, _ in node.value:
+                if str(key.value) in seen:
+                    raise ValueError(f"line {key.start_mark.line + 1}: {key.value} is there twice")
+                seen.add(str(key.value))
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(text, Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # dates such as 2024-13-01 are ValueErrors
+        raise ValueError(" ".join(str(error).split())) from None
+
+
+def _override(data: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise ConfigError(f"{override!r}: expected FIELD=VALUE, as data.batch_frames=4000")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = _parse(text)
+    except ValueError:
         value = text
     *parents, last = path.split(".")
     place: Any = data
@@ -377,7 +401,7 @@ def _key(place: Any, key: str, override: str) -> str | int:
         return key
     if not isinstance(place, list):
         raise ConfigError(f"{override!r}: there is nothing inside of {place!r}")
-    if not key.isdigit() or int(key) >= len(place):
+    if not key.isdecimal() or int(key) >= len(place):
         raise ConfigError(f"{override!r}: no entry {key} in a list of {len(place)}")
     return int(key)
 
@@ -410,6 +434,18 @@ def _not_negative(config: Any, *names: str) -> None:
             raise ConfigError(f"{name}: must not be negative, got {getattr(config, name)}")
 
 
+def _path(name: str, value: str) -> None:
+    """Raise ConfigError for a text that no file can have as its path, whether there is one or not."""
+    if not value:
+        raise ConfigError(f"{name}: expected a path, got an empty text")
+    try:
+        os.stat(value)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{name}: {value!r} cannot be a path ({getattr(error, 'strerror', None) or error})") from None
+
+
 def _share(config: Any, name: str) -> None:
     if not 0 <= getattr(config, name) < 1:
         raise ConfigError(f"{name}: must lie in 0..1, 1 excluded, got {getattr(config, name)}")
@@ -426,12 +462,16 @@ def _check_schedule(stages: Sequence[StageConfig], settings: Any) -> None:
         if any(stage.schedule == "linear" for stage in stages):
             raise ConfigError(f"{at}.{name}: the schedule linear of a stage has none, only cosine has")
         settings[name] = as_config(float, value, f"{at}.{name}")
+        if not math.isfinite(settings[name]):
+            raise ConfigError(f"{at}.{name}: must be finite, got {value}")
 
 
 @cache
 def _trainer_fields() -> dict[str, Any]:
     """Names and types."""
     from transformers import TrainingArguments
+    from transformers.training_args import trainer_log_levels
 
     hints = get_type_hints(TrainingArguments)
+    hints |= dict.fromkeys(("log_level", "log_level_replica"), Literal[tuple(trainer_log_levels)])
     return {f.name: hints[f.name] for f in dataclasses.fields(TrainingArguments)}

@@ -77,6 +77,7 @@ def test_every_field_can_be_overridden(file: Path) -> None:
         ("stages.0.steps=-2", "stages.0.steps: must be positive, got -2"),
         ("stages.0.epochs=1", "stages.0.steps: expected either this or epochs"),
         ("stages.0.schedule=cosin", "stages.0.schedule: must be 'linear' or 'cosine' or 'constant', got 'cosin'; did"),
+        ("stages.².steps=1", "'stages.².steps=1': no entry ² in a list of 2"),
         ("stages.2.steps=1", "'stages.2.steps=1': no entry 2 in a list of 2"),
         ("stages.0.steps.x=1", "'stages.0.steps.x=1': there is nothing inside of 10"),
         ("stages=[]", "stages: expected at least one, got none"),
@@ -85,6 +86,12 @@ def test_every_field_can_be_overridden(file: Path) -> None:
         ("data.train=a.jsonl", "data.train: expected a list, got 'a.jsonl'"),
         ("data.train.0.weight=nan", "data.train.0.weight: must be positive, got nan"),
         ("data.task_weights.asr=-1", "data.task_weights.asr: must not be negative, got -1.0"),
+        ("data.task_weights.asr=.inf", "data.task_weights.asr: must not be negative, got inf"),
+        ("data.train.0.manifest=" + 300 * "x", "data.train.0.manifest: 'xxx"),
+        ('data.validation=["a\\0b"]', r"data.validation.0: 'a\x00b' cannot be a path (embedded null byte)"),
+        ("output=''", "output: expected a path, got an empty text"),
+        ("model=''", "model: expected a path, got an empty text"),
+        ("seed=4294967296", "seed: must be below 2**32, got 4294967296"),
         ("data=", "data: expected fields and values, got None"),
         ("model=", "model: expected a text or fields and values, got None"),
         ("model={audio_tower: a}", "model.pool: missing"),
@@ -107,6 +114,8 @@ def test_every_field_can_be_overridden(file: Path) -> None:
         ("trainer.logging_strategy=no", "trainer.logging_strategy: expected a text, got False"),
         ("trainer.lr_scheduler_kwargs.foo=1", "trainer.lr_scheduler_kwargs.foo: unknown field; known: num_cycles"),
         ("trainer.lr_scheduler_kwargs.num_cycles=x", "trainer.lr_scheduler_kwargs.num_cycles: expected a number, got"),
+        ("trainer.lr_scheduler_kwargs.num_cycles=.nan", "trainer.lr_scheduler_kwargs.num_cycles: must be finite, got"),
+        ("trainer.log_level=loud", "trainer.log_level: must be 'detail' or 'debug' or 'info' or"),
         ("trainer.lr_scheduler_kwargs=1", "trainer.lr_scheduler_kwargs: expected fields and values, got 1"),
         ("trainer.optin=adafactor", "trainer.optin: no field of TrainingArguments; did you mean optim?"),
         ("bf16=yes please", "bf16: expected true or false, got 'yes please'"),
@@ -125,6 +134,15 @@ def test_fields_of_the_trainer_have_its_types(file: Path) -> None:
     assert config.trainer["gradient_checkpointing_kwargs"] == {"use_reentrant": False}
 
 
+def test_a_field_comes_once(file: Path) -> None:
+    file.write_text(f"{MINIMAL}data: {{train: [{{manifest: other.jsonl}}]}}\n")
+    assert fails(file) == "not YAML: line 10: data is there twice"
+
+
+def test_an_override_that_is_no_date_is_a_text(file: Path) -> None:
+    assert read_config(file, ["output=2024-13-01"]).output == "2024-13-01"
+
+
 def test_cycles_are_those_of_cosine(file: Path) -> None:
     cycles = "trainer.lr_scheduler_kwargs.num_cycles=15e-1"
     assert read_config(file, [cycles]).trainer == {"lr_scheduler_kwargs": {"num_cycles": 1.5}}
@@ -141,6 +159,10 @@ def test_files_that_cannot_be_read(file: Path, tmp_path: Path) -> None:
     assert fails(tmp_path / "none.yaml").startswith("cannot be read (No such file or directory)")
     file.write_text("a: [")
     assert fails(file).startswith("not YAML: ")
+    file.write_text("output: 2024-13-01")
+    assert fails(file) == "not YAML: month must be in 1..12"
+    file.write_text("a: " + 5000 * "[")
+    assert fails(file).startswith("not YAML: maximum recursion depth exceeded")
     file.write_text("just words")
     assert fails(file) == "expected fields and values, got str"
     file.write_text("model: a")
