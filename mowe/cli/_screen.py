@@ -25,8 +25,9 @@ class Screen:
 
     def __init__(self, as_json: bool):
         self.as_json = as_json
-        self._out = Console(highlight=False)
-        self._err = Console(highlight=False, stderr=True)
+        # Names of tasks and files may hold what would be markup.
+        self._out = Console(highlight=False, markup=False, emoji=False)
+        self._err = Console(highlight=False, markup=False, emoji=False, stderr=True)
         self._quiet = as_json or not self._err.is_terminal
 
     def result(self, data: dict[str, Any], *renderables: RenderableType) -> None:
@@ -59,12 +60,12 @@ class Screen:
         if self._quiet:
             yield
         else:
-            with self._err.status(text):
+            with self._err.status(Text(text)):
                 yield
 
     def track(self, items: Iterable[T], text: str) -> Iterator[T]:
         """Show a progress bar over the items, which have a length."""
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+        columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
         with Progress(*columns, console=self._err, transient=True, disable=self._quiet) as progress:
             yield from progress.track(items, description=text)
 
@@ -78,8 +79,8 @@ class Counter:
 
     def __init__(self, screen: Screen, text: str, total: int):
         self._screen, self._text, self._total = screen, text, total
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}")
-        self._bar = Progress(*columns, console=screen._err, disable=screen._quiet)
+        name, told = (TextColumn(of, markup=False) for of in ("{task.description}", "{task.fields[told]}"))
+        self._bar = Progress(name, BarColumn(), MofNCompleteColumn(), told, console=screen._err, disable=screen._quiet)
         self._task = self._bar.add_task(text, total=total, told="")
         self._bar.start()
 

@@ -76,5 +76,5 @@ def _table(result: TrainResult) -> Table:
     table = Table("stage", "step", *names)
     for number, stage in enumerate(result.stages):
         losses = [f"{stage[name]:.4f}" if name in stage else "" for name in names]
-        table.add_row(str(number), str(stage["step"]), *losses)
+        table.add_row(str(number), str(stage.get("step", "")), *losses)
     return table

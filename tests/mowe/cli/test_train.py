@@ -89,6 +89,31 @@ def test_bad_lines_end_a_run_before_it_begins_or_are_counted(
     assert done.exit_code == 0 and "lines of manifests left out: 1" in done.stderr
 
 
+def test_what_would_be_markup_is_shown_as_it_is(
+    run: Run, config: Path, tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = tmp_path / "train.jsonl"
+    line = {"audio": str(tones / "train0.wav"), "task": "[/asr]", "prompt": "?", "answer": "x"}
+    manifest.write_text(json.dumps(line))
+    arguments = (
+        "train", config, f"data.train.0.manifest={manifest}", f"data.validation=[{manifest}]", "data.workers=0",
+        "stages=[{steps: 2}]",
+    )  # fmt: skip
+    monkeypatch.setenv("COLUMNS", "200")
+    for terminal in ("", "1"):
+        monkeypatch.setenv("FORCE_COLOR", terminal)
+        done = run(*arguments, f"output={tmp_path / f'out{terminal}'}")
+        assert done.exit_code == 0 and "eval_[/asr]_loss" in done.stdout and "eval_[/asr]_loss" in done.stderr
+
+
+def test_without_its_log_a_run_that_is_done_is_saved_again(run: Run, config: Path, tmp_path: Path) -> None:
+    arguments = ("train", config, f"output={tmp_path / 'out'}", "stages=[{steps: 1}]", "data.workers=0")
+    assert run(*arguments).exit_code == 0
+    (tmp_path / "out" / "log.jsonl").unlink()
+    done = run(*arguments, "--resume")
+    assert done.exit_code == 0 and f"saved in {tmp_path / 'out' / 'model'}" in done.stdout
+
+
 def test_bad_configurations_end_with_one_line(run: Run, config: Path) -> None:
     done = run("train", config, "data.batch_framse=3")
     assert done.exit_code == 2 and done.stdout == "" and done.stderr.count("\n") == 1
