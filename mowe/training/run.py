@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from accelerate import DistributedType, PartialState
 from accelerate.utils import broadcast_object_list
-from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoTokenizer,
@@ -27,11 +26,10 @@ from transformers import (
 from transformers.integrations import is_tensorboard_available
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import SAFE_WEIGHTS_NAME
 
 from mowe.checkpoint import load_language_model, reading
 from mowe.data import Example, Manifest, read_manifest
-from mowe.errors import AudioError, CheckpointError, ConfigError, MoweError, naming
+from mowe.errors import CheckpointError, ConfigError, DataError, MoweError, naming
 from mowe.files import check_folder, make_folder, write_text
 from mowe.modeling_mowe import MoweForConditionalGeneration
 from mowe.processing_mowe import MoweFeatureExtractor, MoweProcessor
@@ -43,7 +41,7 @@ from mowe.training.log import RunLog, read_lines
 from mowe.training.parts import Parts, parts_in_4_bits
 from mowe.training.picture import training_picture
 from mowe.training.routing import RoutingMeter
-from mowe.training.saving import reading_checkpoint, whole
+from mowe.training.saving import read_trained, reading_checkpoint, whole
 from mowe.training.trainer import MoweTrainer, trainer_settings
 
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
@@ -104,6 +102,7 @@ class _Run:
         self._load(config.load_in_4bit)
         for manifest in (*manifests, *validation):
             manifest.check_prompts(self.processor.audio_token)
+            _check_answers(manifest, self.processor.audio_token)
         if config.fsdp and self.parts.in_4_bits:
             raise ConfigError("fsdp: a model in 4 bits is not sharded, train it without fsdp")
         for trainable in self.trainable:
@@ -155,13 +154,10 @@ class _Run:
     def _train_stage(self, number: int, checkpoint: str | None) -> None:
         if isinstance(self.model, FSDPModule):  # what learns cannot change once it is sharded
             self._load()
-            self._load_trained(get_last_checkpoint(self._folder(number - 1)))
+            self._load_trained(number - 1)
         if self.config.bf16:
             self.parts.store_in_bf16(self.trainable)
-        saved: dict[str, None] = {}
-        for trainable in self.trainable[: number + 1]:
-            self.parts.choose(trainable)
-            saved |= dict.fromkeys(self.parts.names)
+        saved = self._choose(number)
         meter = RoutingMeter(self.model, self.tasks)
         arguments, batches = self._arguments(number)
         eval_batches = {
@@ -178,26 +174,27 @@ class _Run:
             _write_config(self.config)
             for left in self._folder(number).glob("unfinished-*"):  # by a kill
                 shutil.rmtree(left)
-        trainer = MoweTrainer(
-            model=self.model,
-            args=arguments,
-            train_dataset=self.examples,
-            eval_dataset=self.validation or None,
-            data_collator=Collator(self.processor, self.tasks),
-            processing_class=self.processor,
-            callbacks=[*self.callbacks, RunLog(self.output, number, meter)],
-            batches=batches,
-            eval_batches=eval_batches,
-            parts=self.parts,
-            saved=list(saved),
-            meter=meter,
-        )
+        with trainer_settings():
+            trainer = MoweTrainer(
+                model=self.model,
+                args=arguments,
+                train_dataset=self.examples,
+                eval_dataset=self.validation or None,
+                data_collator=Collator(self.processor, self.tasks),
+                processing_class=self.processor,
+                callbacks=[*self.callbacks, RunLog(self.output, number, meter)],
+                batches=batches,
+                eval_batches=eval_batches,
+                parts=self.parts,
+                saved=saved,
+                meter=meter,
+            )
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
-        except AudioError as error:  # of a clip damaged in its middle; from a worker it comes with a traceback
-            raise AudioError(str(error).rpartition("AudioError: ")[2].strip()) from None
+        except MoweError as error:  # of a clip damaged in its middle; from a worker it comes with a traceback
+            raise type(error)(str(error).rpartition(f"{type(error).__name__}: ")[2].strip()) from None
         except torch.OutOfMemoryError:
             raise ConfigError(
                 f"stage-{number}, step {trainer.state.global_step + 1}: needs more memory than the GPU has; "
@@ -273,22 +270,32 @@ class _Run:
             if checkpoint is not None:
                 with reading_checkpoint(checkpoint):
                     state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
-                if state.global_step < state.max_steps:
+                    done = state.global_step >= state.max_steps
+                if not done:
                     _check_random_states(checkpoint, self.world.num_processes)
                     return number, checkpoint
-                self._load_trained(checkpoint)
+                self._load_trained(number)
                 return number + 1, None
         return 0, None
 
-    def _load_trained(self, checkpoint: str) -> None:
+    def _choose(self, stage: int) -> list[str]:
+        """Let the parts of a stage learn. Returns the names of what has learned when it ends."""
+        names: dict[str, None] = {}
+        for trainable in self.trainable[: stage + 1]:
+            self.parts.choose(trainable)
+            names |= dict.fromkeys(self.parts.names)
+        return list(names)
+
+    def _load_trained(self, stage: int) -> None:
+        """What the last checkpoint of a stage holds."""
+        checkpoint = get_last_checkpoint(self._folder(stage))
         with reading_checkpoint(checkpoint):
-            trained = load_file(Path(checkpoint, SAFE_WEIGHTS_NAME))
-        self.model.load_state_dict(trained, strict=False)
+            self.model.load_state_dict(read_trained(checkpoint, self._choose(stage)), strict=False)
 
     def _save(self, folder: Path) -> None:
         """The model as it is stored, and in it what the last checkpoint holds."""
         self._load()
-        self._load_trained(get_last_checkpoint(self._folder(len(self.config.stages) - 1)))
+        self._load_trained(len(self.config.stages) - 1)
         for left in self.output.glob(f"unfinished-{folder.name}-*"):  # by a kill
             shutil.rmtree(left)
         with whole(folder) as unfinished:
@@ -299,8 +306,10 @@ class _Run:
         names = [
             f"{encoder.model_type} {i}" for i, encoder in enumerate(self.model.config.pool_config.encoder_configs())
         ]
-        if entries := read_lines(self.output / "routing.jsonl"):
-            training_picture(self.output / "routing.png", entries, names, "Who listened as training went on")
+        log = self.output / "routing.jsonl"
+        if entries := read_lines(log):
+            with naming(f"{log}"), reading("the routing"):
+                training_picture(self.output / "routing.png", entries, names, "Who listened as training went on")
 
 
 def load(config: TrainConfig, in_4_bits: bool = False) -> tuple[MoweForConditionalGeneration, MoweProcessor]:
@@ -389,6 +398,13 @@ def _check_output(config: TrainConfig, resume: bool) -> None:
         was, is_now = before.get(name, defaults.get(name)), now.get(name)
         if was != is_now and name not in _FREE_TO_CHANGE:
             raise ConfigError(f"{name}: {output} was begun with {was!r}, it cannot go on with {is_now!r}")
+
+
+def _check_answers(manifest: Manifest, audio_token: str) -> None:
+    """Raise DataError for an answer with the token that stands for audio."""
+    for example in manifest:
+        if audio_token in example.answer:
+            raise DataError(f"{manifest.path}: the answer about {example.name} has {audio_token}, leave it out")
 
 
 def _check_random_states(checkpoint: str, processes: int) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from mowe.checkpoint import reading
 from mowe.errors import CheckpointError, naming
@@ -66,3 +69,13 @@ def reading_checkpoint(folder: str | None) -> Iterator[None]:
     """Make one line that names the folder of whatever is raised for a file in it that is missing or damaged."""
     with naming(f"{folder}"), reading("the checkpoint"):
         yield
+
+
+def read_trained(checkpoint: str, names: Collection[str]) -> dict[str, Tensor]:
+    """What has been trained up to a checkpoint. Raises CheckpointError where that is not the parameters named."""
+    trained = load_file(Path(checkpoint, SAFE_WEIGHTS_NAME))
+    if odd := sorted(trained.keys() ^ set(names)):
+        raise CheckpointError(
+            f"{len(odd)} parameters of {SAFE_WEIGHTS_NAME} are missing or not of this run, such as {odd[0]}"
+        )
+    return trained

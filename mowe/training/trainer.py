@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import save_fsdp_optimizer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.utils.data import DataLoader
@@ -26,7 +26,7 @@ from mowe.families.stacked import StackedNorm
 from mowe.training.data import FrameBatches
 from mowe.training.parts import Parts
 from mowe.training.routing import RoutingMeter
-from mowe.training.saving import reading_checkpoint, replace, unfinished_name, writing
+from mowe.training.saving import read_trained, reading_checkpoint, replace, unfinished_name, writing
 
 _MEANINGLESS = ("train_samples_per_second", "total_flos")
 """What the Trainer logs from a number of clips in a batch and of tokens, which here are not what it takes them for."""
@@ -193,9 +193,9 @@ class MoweTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with reading_checkpoint(resume_from_checkpoint):
-            trained: dict[str, Any] = load_file(Path(resume_from_checkpoint, SAFE_WEIGHTS_NAME))
-        options = StateDictOptions(full_state_dict=True, strict=False)
-        set_model_state_dict(model or self.model, trained, options=options)
+            trained: dict[str, Any] = read_trained(resume_from_checkpoint, self.saved)
+            options = StateDictOptions(full_state_dict=True, strict=False)
+            set_model_state_dict(model or self.model, trained, options=options)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """What has been trained, and nothing else: the rest comes from the model that training began with."""

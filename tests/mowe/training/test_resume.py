@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from mowe.errors import CheckpointError, ConfigError
@@ -183,6 +183,52 @@ def test_a_run_does_not_go_on_with_other_chance(
     state = stage / "checkpoint-2" / state.name
     state.unlink()
     train(config, resume=True)  # a stage that is done needs none
+
+
+def change_state(checkpoint: Path) -> None:
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state | {"global_step": "one"}))
+
+
+def leave_one_out(checkpoint: Path) -> None:
+    trained = load_file(checkpoint / "model.safetensors")
+    trained.popitem()
+    save_file(trained, checkpoint / "model.safetensors")
+
+
+def shorten_one(checkpoint: Path) -> None:
+    trained = load_file(checkpoint / "model.safetensors")
+    name, value = trained.popitem()
+    save_file(trained | {name: value[:1].clone()}, checkpoint / "model.safetensors")
+
+
+@pytest.mark.parametrize("stages", [[{"steps": 2}], [{"steps": 1}, {"steps": 1}]], ids=["in a stage", "between stages"])
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (change_state, "cannot read the checkpoint: '>=' not supported between"),
+        (leave_one_out, r"1 parameters of model\.safetensors are missing or not of this run, such as model\."),
+        (shorten_one, "cannot read the checkpoint: .* size mismatch for model"),
+    ],
+)
+def test_a_checkpoint_that_is_not_of_the_run_is_told(
+    settings: Callable[..., TrainConfig], tmp_path: Path, stages: list, change: Callable[[Path], None], told: str
+) -> None:
+    config, run = settings(stages=stages, save_every=1), tmp_path / "run"
+    train(config)
+    shutil.rmtree(run / "stage-1" if len(stages) == 2 else run / "stage-0" / "checkpoint-2")
+    change(run / "stage-0" / "checkpoint-1")
+    with pytest.raises(CheckpointError, match=f"^{run}/stage-0/checkpoint-1: {told}") as error:
+        train(config, resume=True)
+    assert "\n" not in str(error.value)
+
+
+def test_a_log_of_routing_that_cannot_be_drawn(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    config, log = settings(), tmp_path / "run" / "routing.jsonl"
+    train(config)
+    log.write_text('{"stage": 0, "step": 1}\n')
+    with pytest.raises(CheckpointError, match=f"^{log}: cannot read the routing: 'windows'$"):
+        train(config, resume=True)
 
 
 def test_a_line_of_a_log_that_is_no_entry(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:

@@ -228,6 +228,11 @@ def test_settings_that_the_optimiser_refuses_end_with_one_line(settings: Callabl
         train(settings(trainer={"adam_beta1": 2}))
 
 
+def test_settings_that_accelerate_refuses_end_with_one_line(settings: Callable[..., TrainConfig]) -> None:
+    with pytest.raises(ConfigError, match=r"^trainer: 'NONESUCH' is not a valid DynamoBackend$"):
+        train(settings(trainer={"torch_compile_backend": "nonesuch"}))
+
+
 def test_a_prompt_with_the_token_of_the_audio_is_told_by_line(
     settings: Callable[..., TrainConfig], tones: Path, tmp_path: Path
 ) -> None:
@@ -236,6 +241,17 @@ def test_a_prompt_with_the_token_of_the_audio_is_told_by_line(
     manifest.write_text("".join(json.dumps({**line, "prompt": prompt}) + "\n" for prompt in ("?", "hi <|audio|>")))
     with pytest.raises(DataError, match=rf"^{manifest}: line 2: the audio is put before the prompt, leave <\|audio"):
         train(settings(data={"validation": [str(manifest)]}))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_answer_with_the_token_of_the_audio_is_told_by_clip(
+    settings: Callable[..., TrainConfig], tones: Path, tmp_path: Path, workers: int
+) -> None:
+    manifest, clip = tmp_path / "token.jsonl", tones / "valid0.wav"
+    manifest.write_text(json.dumps({"audio": str(clip), "task": "any", "prompt": "?", "answer": "hi <|audio|>"}))
+    with pytest.raises(DataError, match=rf"^{manifest}: the answer about {clip} has <\|audio\|>, leave it out$"):
+        train(settings(data={"validation": [str(manifest)], "workers": workers}))
     assert not (tmp_path / "run").exists()
 
 
