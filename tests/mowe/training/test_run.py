@@ -290,6 +290,18 @@ def test_a_step_that_does_not_fit_the_gpu_ends_a_run_with_one_line(settings: Cal
         train(settings(), callbacks=[FullGpu()])
 
 
+def test_a_stage_that_a_callback_ends_is_saved_as_it_is(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    class Enough(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop |= state.global_step == 2
+
+    done = train(settings(stages=[{"steps": 5}, {"steps": 4}], log_every=5), callbacks=[Enough()])
+    assert [stage["step"] for stage in done.stages] == [2, 2] and all("loss" in stage for stage in done.stages)
+    last = load_file(tmp_path / "run" / "stage-1" / "checkpoint-2" / "model.safetensors")
+    after = load_file(done.model / "model.safetensors")
+    assert all(torch.equal(value, after[name]) for name, value in last.items())
+
+
 def test_a_single_step_learns(settings: Callable[..., TrainConfig], tones: Path) -> None:
     done = train(settings(stages=[{"steps": 1}]))
     before, after = (load_file(path / "model.safetensors") for path in (tones / "model", done.model))
