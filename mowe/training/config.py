@@ -30,6 +30,23 @@ class PartsConfig:
     tokenizer: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
+    def check(self) -> None:
+        sources = {"audio_tower": self.audio_tower, "language_model": self.language_model, "tokenizer": self.tokenizer}
+        for name, source in (sources | {f"pool.{i}": encoder for i, encoder in enumerate(self.pool)}).items():
+            if source is not None:
+                _path(name, source)
+        for name in self.settings:
+            if name in _OF_PARTS:
+                raise ConfigError(f"settings.{name}: is set by {_OF_PARTS[name]}")
+
+
+_OF_PARTS = {
+    **{name: name for name in ("audio_tower", "pool", "language_model")},
+    "audio_config": "audio_tower", "pool_config": "pool", "text_config": "language_model",
+    "audio_token_id": "tokenizer", "dtype": "bf16", "torch_dtype": "bf16", "quantization_config": "load_in_4bit",
+}  # fmt: skip
+"""What sets those fields of MoweConfig that cannot be given for a model built from parts."""
+
 
 @dataclass
 class ManifestConfig:

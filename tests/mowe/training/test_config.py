@@ -95,6 +95,11 @@ def test_every_field_can_be_overridden(file: Path) -> None:
         ("data=", "data: expected fields and values, got None"),
         ("model=", "model: expected a text or fields and values, got None"),
         ("model={audio_tower: a}", "model.pool: missing"),
+        ("model={audio_tower: a, pool: [''], language_model: b}", "model.pool.0: expected a path, got an empty text"),
+        (
+            "model={audio_tower: a, pool: [b], language_model: c, settings: {audio_token_id: 5}}",
+            "model.settings.audio_token_id: is set by tokenizer",
+        ),
         ("trainable.pool=[1]", "trainable.pool.0: expected true or false, got 1"),
         ("trainable={routers: false, projector: false}", "trainable.projector: nothing is trainable"),
         ("lora.dropout=1", "lora.dropout: must lie in 0..1, 1 excluded, got 1.0"),
