@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler
 
 from mowe.data import Example
@@ -121,6 +122,11 @@ class FrameBatches(Sampler[list[int]]):
         return batches
 
 
+def conversation(wave: Tensor, prompt: str) -> list[dict[str, Any]]:
+    """What a chat template makes a prompt of: a clip and what is asked about it."""
+    return [{"role": "user", "content": [{"type": "audio", "audio": wave}, {"type": "text", "text": prompt}]}]
+
+
 @dataclass(frozen=True)
 class Collator:
     """Examples to model inputs, audio decoded here: in the workers of a DataLoader.
@@ -133,10 +139,7 @@ class Collator:
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         waves = [example.waveform() for example in examples]
-        conversations = [
-            [{"role": "user", "content": [{"type": "audio", "audio": wave}, {"type": "text", "text": example.prompt}]}]
-            for wave, example in zip(waves, examples, strict=True)
-        ]
+        conversations = [conversation(wave, example.prompt) for wave, example in zip(waves, examples, strict=True)]
         answers = [example.answer for example in examples]
         inputs: Any = self.processor.apply_chat_template(
             conversations, tokenize=True, answers=answers, padding_side="right"

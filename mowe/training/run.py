@@ -36,7 +36,7 @@ from mowe.processing_mowe import MoweFeatureExtractor, MoweProcessor
 from mowe.quantization import MoweQuantizationConfig, quantize
 from mowe.training.augment import add_spec_augment
 from mowe.training.config import PartsConfig, TrainConfig
-from mowe.training.data import Collator, FrameBatches, base_frames
+from mowe.training.data import Collator, FrameBatches, base_frames, conversation
 from mowe.training.log import RunLog, read_lines
 from mowe.training.parts import Parts, parts_in_4_bits
 from mowe.training.picture import training_picture
@@ -100,6 +100,7 @@ class _Run:
             for example in manifest
         ]
         self._load(config.load_in_4bit)
+        _check_template(self.processor)
         for manifest in (*manifests, *validation):
             manifest.check_prompts(self.processor.audio_token)
             _check_answers(manifest, self.processor.audio_token)
@@ -398,6 +399,14 @@ def _check_output(config: TrainConfig, resume: bool) -> None:
         was, is_now = before.get(name, defaults.get(name)), now.get(name)
         if was != is_now and name not in _FREE_TO_CHANGE:
             raise ConfigError(f"{name}: {output} was begun with {was!r}, it cannot go on with {is_now!r}")
+
+
+def _check_template(processor: MoweProcessor) -> None:
+    """Raise CheckpointError for a chat template that fails, or that leaves the audio out."""
+    with naming("model"), reading("the chat template"):
+        prompt = processor.apply_chat_template(conversation(torch.zeros(1), "?"))
+        if prompt.count(processor.audio_token) != 1:
+            raise CheckpointError(f"its chat template does not write {processor.audio_token} once, it says {prompt!r}")
 
 
 def _check_answers(manifest: Manifest, audio_token: str) -> None:

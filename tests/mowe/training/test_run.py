@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ from matplotlib.image import imread
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
 
-from mowe import EncoderPool, MoweForConditionalGeneration
+from mowe import EncoderPool, MoweForConditionalGeneration, MoweProcessor
 from mowe.data import read_manifest
 from mowe.errors import AudioError, CheckpointError, ConfigError, DataError
 from mowe.families.stacked import StackedNorm
@@ -241,6 +242,26 @@ def test_a_prompt_with_the_token_of_the_audio_is_told_by_line(
     manifest.write_text("".join(json.dumps({**line, "prompt": prompt}) + "\n" for prompt in ("?", "hi <|audio|>")))
     with pytest.raises(DataError, match=rf"^{manifest}: line 2: the audio is put before the prompt, leave <\|audio"):
         train(settings(data={"validation": [str(manifest)]}))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        ("{{ raise_exception('no audio\\nhere') }}", "cannot read the chat template: no audio here"),
+        ("{{ messages[0].content", "cannot read the chat template: unexpected end of template"),
+        ("Hello", r"its chat template does not write <\|audio\|> once, it says 'Hello'"),
+    ],
+)
+def test_a_chat_template_that_does_not_serve_is_told_before_anything_is_written(
+    settings: Callable[..., TrainConfig], tones: Path, tmp_path: Path, template: str, told: str
+) -> None:
+    shutil.copytree(tones / "model", tmp_path / "model")
+    processor = MoweProcessor.from_pretrained(tmp_path / "model")
+    processor.tokenizer.chat_template = template
+    processor.save_pretrained(tmp_path / "model")
+    with pytest.raises(CheckpointError, match=f"^model: {told}"):
+        train(settings(model=str(tmp_path / "model")))
     assert not (tmp_path / "run").exists()
 
 
