@@ -7,6 +7,7 @@ failed, 2 where there is no GPU.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 from typing import Annotated
@@ -27,6 +28,7 @@ import typer
 
 from benchmarks.measure import ROOT
 from benchmarks.results import load
+from benchmarks.suites import SUITES
 from benchmarks.tables import conditions, markdown
 from mowe_kernels import tables
 
@@ -34,6 +36,15 @@ _MINUTES, _MINUTES_OF_TABLE, _MINUTES_OF_TESTS = 8.8, 2.5, 2.5  # the suite has 
 _ROUNDS = 5
 _THREADS = min(8, os.cpu_count() or 1)  # of the suite, for what providers ask of the host
 _AT_ONCE = max(6, (os.cpu_count() or 1) // 2)  # tests, most of whose time goes to compiling
+_COMPILED = (
+    "packed",
+    "packed_nf4",
+    "packed_step",
+    "mixture",
+    "mixture_step",
+    "padded_loop_compiled",
+    "packed_by_torch",
+)
 _SLOWEST = ("out_of_bounds", "torch_compile")  # of the tests: first, so that nobody waits for them in the end
 _WIDTH, _LINES = 200, 40  # of what the summary quotes from a log
 
@@ -84,10 +95,10 @@ def _run(module: list[str], log: Path, minutes: float) -> int:
 
 def _test(log: Path, minutes: float) -> int:
     """The GPU tests, each function in a process of its own: after an access out of bounds nothing in that process
-    reaches the device any more.
+    reaches the device any more. Beside them, what the suite will want compiled.
     """
     deadline, lock = time.monotonic() + 60 * minutes, Lock()
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(_AT_ONCE) as pool:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(_AT_ONCE) as pool, _compiling(deadline):
         listed = Path(folder, "listed")
         _run(["pytest", "tests/gpu", "-m", "gpu", "--collect-only", "-q"], listed, minutes)
         lines = listed.read_text().split("\n")
@@ -102,8 +113,7 @@ def _test(log: Path, minutes: float) -> int:
 
         def run(number: int, name: str) -> int:
             own = Path(folder, str(number))
-            left = max(0.0, deadline - time.monotonic()) / 60
-            code = _run(["pytest", "-m", "gpu", "-q", "-rfs", "--tb=short", name], own, left)
+            code = _run(["pytest", "-m", "gpu", "-q", "-rfs", "--tb=short", name], own, _minutes_until(deadline))
             with lock, log.open("a") as file:
                 file.write(f"{own.read_text()}{'' if code == 0 else f'FAILED with exit code {code}: '}{name}\n")
             return code
@@ -113,6 +123,28 @@ def _test(log: Path, minutes: float) -> int:
         with log.open("a") as file:
             file.write(f"{codes.count(0)} of {len(codes)} passed\n")
         return int(any(codes))
+
+
+@contextmanager
+def _compiling(deadline: float) -> Iterator[None]:
+    """Beside the `with` block, run once what the suite will want compiled, which times one after the other: compilers
+    keep on disk what they made.
+    """
+    wanted = dict.fromkeys(
+        (c.workload, c.device, c.dtype, name) for c in SUITES["gpu"] for name in c.providers if name in _COMPILED
+    )
+
+    def run(given: tuple[str, ...]) -> None:
+        _run(["benchmarks.memory", json.dumps([given]), "1"], Path(os.devnull), _minutes_until(deadline))
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for given in wanted:
+            pool.submit(run, given)
+        yield
+
+
+def _minutes_until(deadline: float) -> float:
+    return max(0.0, deadline - time.monotonic()) / 60
 
 
 def _summarize(out: Path) -> str:

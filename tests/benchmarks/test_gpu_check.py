@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
@@ -28,7 +29,7 @@ def test_steps_and_summary(monkeypatch, tmp_path, capsys, failing):
     monkeypatch.setattr(gpu_check, "load", lambda path: {"results": [], "failed": {"op 1/5": "it differs"}})
     monkeypatch.setattr(gpu_check, "conditions", lambda report: "conditions")
     monkeypatch.setattr(gpu_check, "markdown", lambda results: "results")
-    minutes, tested, asked = [], [], {}
+    minutes, tested, compiled, asked = [], [], [], {}
 
     def run(module, log, limit):
         code = int(module[0] == failing)
@@ -37,6 +38,8 @@ def test_steps_and_summary(monkeypatch, tmp_path, capsys, failing):
             return 0
         if module[0] == "pytest":
             tested.append(module[-1])
+        elif module[0] == "benchmarks.memory":
+            compiled.extend(json.loads(module[1]))
         else:
             minutes.append(limit)
             asked[module[0]] = " ".join(module)
@@ -57,6 +60,10 @@ def test_steps_and_summary(monkeypatch, tmp_path, capsys, failing):
     assert minutes[0] + gpu_check._MINUTES_OF_TESTS < 6 and minutes[1] < 9
     assert f" --threads {gpu_check._THREADS}" in asked["benchmarks"]  # its own default is for few cores
     assert sorted(tested) == ["tests/gpu/a.py::test_y", "tests/gpu/a.py::test_z[torch.float16]"]
+    assert ["tiny8/speech/64", "cuda", "bfloat16", "packed"] in compiled and len(compiled) == len(
+        set(map(str, compiled))
+    )
+    assert {name for *_, name in compiled} == set(gpu_check._COMPILED)
     summary = (tmp_path / "out" / "summary.md").read_text()
     assert summary in capsys.readouterr().out
     assert "# Some GPU" in summary and ("results" in summary) == (failing != "benchmarks")
