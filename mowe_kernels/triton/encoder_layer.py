@@ -96,7 +96,7 @@ def _computed(
 
 
 def _key(direction: str, asked: Any, how: tuple[Any, ...], inputs: list[Tensor]) -> tuple[Any, ...]:
-    """All that the launches follow from which programs of one layer or batch and those of another may differ in."""
+    """What tells layers and batches apart whose launches differ; a program itself sees that all else is as it was."""
     x, fc1_weight, group_offsets, cu_seqlens = inputs[0], inputs[9], inputs[13], inputs[14]
     _, heads, pre_norm, eps, _ = how
     sizes = x.shape, fc1_weight.shape, cu_seqlens.shape
