@@ -83,13 +83,12 @@ def encoder_layer(
 def _forward(
     saves: bool, x: Tensor, parameters: Sequence[Tensor], group_offsets: Tensor, cu_seqlens: Tensor, how: tuple
 ) -> Sequence[Tensor]:
-    module = implementation("encoder_layer", (x,))
-    # It takes nothing but the like of tensors that were checked.
-    again = getattr(module, "again", lambda *about: ())
-    if results := again("forward", saves, how, [x, *parameters, group_offsets, cu_seqlens]):
+    module, about = implementation("encoder_layer", (x,)), (saves, x, parameters, group_offsets, cu_seqlens, *how)
+    again = getattr(module, "again", None)
+    if again is not None and (results := again(*about)):
         return results
     _check(x, LayerParameters(*parameters), group_offsets, cu_seqlens, how[1])
-    return module.forward(FORWARD, saves, x, parameters, group_offsets, cu_seqlens, *how)
+    return module.forward(FORWARD, *about)
 
 
 class _Layer(torch.autograd.Function):

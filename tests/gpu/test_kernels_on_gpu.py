@@ -20,7 +20,7 @@ from torch import Tensor
 import mowe_kernels as mk
 from mowe_kernels import attention as attention_of_device
 from mowe_kernels import csrc, use_backend
-from mowe_kernels.triton import encoder_layer, grouped_mlp, varlen_attention
+from mowe_kernels.triton import _layers, grouped_mlp, varlen_attention
 from mowe_kernels.triton._descriptors import TMA_PRODUCTS
 from mowe_kernels.triton._launch import hardware, override
 from mowe_kernels.tune.accuracy import differentiate
@@ -245,10 +245,10 @@ def test_a_repeated_layer_gives_what_its_parts_do(monkeypatch, pre_norm, tma_pro
             x, grad, *parameters = (random(*shape).requires_grad_() for shape in ((LAST, d), (LAST, d), *shapes))
             repeated = results(x, parameters, grad.detach())
             with monkeypatch.context() as patch:
-                patch.setattr(encoder_layer, "MOST_BYTES", dict.fromkeys(encoder_layer.MOST_BYTES, 0))
+                patch.setattr(_layers, "MOST_BYTES", dict.fromkeys(_layers.MOST_BYTES, 0))
                 by_parts = results(x, parameters, grad.detach())
             assert all(map(torch.equal, repeated, by_parts))
-        programs = encoder_layer._kept.values()
+        programs = _layers._kept.values()
         assert len(programs) == 3 and all(programs)
         assert any(program.num_matrices for program in programs) == (not tma_products)
 

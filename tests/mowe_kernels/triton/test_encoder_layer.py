@@ -56,13 +56,13 @@ import torch
 from mowe_kernels import LayerParameters, use_backend
 from mowe_kernels.ops.encoder_layer import BACKWARD, FORWARD
 from mowe_kernels.reference import encoder_layer as parts
-from mowe_kernels.triton import _launch, _repeat, encoder_layer as repeated
+from mowe_kernels.triton import _launch, _layers, _repeat, encoder_layer as repeated
 from mowe_kernels.triton._descriptors import TMA_PRODUCTS
 from mowe_kernels.triton.grouped_mlp import Block
 
 _launch.Launch.__call__ = lambda self, programs, *args: self._start(-1, programs, args)
-repeated._launches = lambda device: True
-repeated.attention.choose = lambda *args: repeated.varlen_attention
+_layers._launches = lambda device: True
+_layers.attention.choose = lambda *args: _layers.varlen_attention
 # Each has a place of its own, by which it is told from the others.
 _repeat.laid_out = lambda given: [sum(t.size for t in given[:i]) for i in range(len(given))]
 D, E = 64, 2
@@ -88,7 +88,7 @@ def run(module, parameters, count, how, needs, sequences=2, integers=torch.int32
     x, offsets = torch.zeros(count, D, dtype=torch.bfloat16), torch.tensor([0, count // 2, count], dtype=integers)
     cu_seqlens = torch.linspace(0, count, sequences + 1).to(torch.int32)
     given = x, parameters, offsets, cu_seqlens
-    inputs = x, *parameters, *given[2:]
+    inputs = x, *given[2:], *parameters
     with _launch.noting():  # which keeps temporaries, so that no two have one address
         plain = named(inputs, module.forward(FORWARD, False, *given, *how))
         results = module.forward(FORWARD, True, *given, *how)
@@ -115,22 +115,22 @@ for pre_norm, block, products in itertools.product((True, False), blocks, (0, TM
             assert len(expected[0][0]) == (7 if block is None else 5 if pre_norm else 6)
             assert run(repeated, parameters, count, how, needs, *others) == expected
         # by direction, sizes, types and alignments, not by layers and lengths
-        assert len(repeated._kept) == 18 and all(repeated._kept.values())
-        assert any(program.num_matrices for program in repeated._kept.values()) == (not products)
+        assert len(_layers._kept) == 18 and all(_layers._kept.values())
+        assert any(program.num_matrices for program in _layers._kept.values()) == (not products)
 
 how = 40, 2, True, 1e-5, False
 for module, name, value, kept, not_repeated in (
-    (repeated.attention, "choose", lambda *args: parts, 0, 0),  # by somebody else's kernels
+    (_layers.attention, "choose", lambda *args: parts, 0, 0),  # by somebody else's kernels
     (_repeat, "MOST_BYTES", 0, 3, 2),  # what a forward saves is no temporary
-    (repeated, "MOST_BYTES", {"forward": 0, "backward": 0}, 0, 0),
+    (_layers, "MOST_BYTES", {"forward": 0, "backward": 0}, 0, 0),
 ):
     before = getattr(module, name)
     setattr(module, name, value)
     with use_backend("triton"), _launch.assume(_launch.ARCHITECTURES[90]):
         for _ in range(2):
             assert run(repeated, first, 40, how, all_needed) == run(parts, first, 40, how, all_needed)
-        assert len(repeated._kept) == kept
-        assert [*repeated._kept.values()].count(None) == not_repeated
+        assert len(_layers._kept) == kept
+        assert [*_layers._kept.values()].count(None) == not_repeated
     setattr(module, name, before)
 print("the same")
 

@@ -1,0 +1,101 @@
+"""Layers whose launches are made again: what one layer launched, the next ones launch too.
+
+The first layer of a number of rows goes through the ops; from then on the compiled library finds that the tensors lie
+in memory as those did, and starts the same kernels on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mowe_kernels import attention
+from mowe_kernels.csrc.launch import Program
+from mowe_kernels.triton import varlen_attention
+from mowe_kernels.triton._launch import current_stream, forget_by, hooked, remembered
+from mowe_kernels.triton._repeat import noted
+
+# Of rows whose layers are repeated (our choice). Where there are more, the GPU takes longer than the host does, and the
+# first time, when temporaries all live at once, would take memory for nothing: eleven times that of the rows in a
+# forward, six in the ones after it, and in a backward several times as much.
+MOST_BYTES = {"forward": 2**26, "backward": 2**24}
+MOST_KEPT = 256
+_kept: dict[tuple, Program | None] = {}  # None: to be computed part by part
+forget_by(_kept.clear)
+
+
+def again(direction: str, asked: Any, how: tuple[Any, ...], inputs: list[Tensor]) -> Sequence[Tensor]:
+    """The results, where the launches that lead to them are known; nothing where they are not.
+
+    direction: "forward" or "backward". asked: all that results depend on beside `how` and the inputs. how: host bound
+    of the lengths, heads, pre_norm, eps, equal_lengths. inputs: all tensors that are read, of which x, group_offsets
+    and cu_seqlens are the first.
+    """
+    program, device = _kept.get(_key(direction, asked, how, inputs)), inputs[0].get_device()
+    if program is None or not _launches(device) or not _attends(direction, how, inputs[0]):
+        return ()
+    return program(inputs, current_stream(device))
+
+
+def computed(
+    compute: Callable[[], tuple[Tensor, ...]], direction: str, asked: Any, how: tuple[Any, ...], inputs: list[Tensor]
+) -> tuple[Tensor, ...]:
+    """What `compute` gives; its launches are kept for the next layer, if they can be made again.
+
+    compute: launches our kernels and those of attention, nothing else. The rest as for `again`.
+    """
+    x, key = inputs[0], _key(direction, asked, how, inputs)
+    if (
+        x.nbytes > MOST_BYTES[direction]
+        or _kept.get(key, compute) is None
+        or not _launches(x.get_device())
+        or len({tensor.device for tensor in inputs}) > 1
+        or not all(tensor.is_contiguous() for tensor in inputs)  # else they are copied before they are read
+        or not _attends(direction, how, x)
+    ):
+        return compute()
+    if len(_kept) >= MOST_KEPT:
+        _kept.clear()
+    results, program = noted(inputs, compute)
+    if program is not None or len({tensor.data_ptr() for tensor in inputs}) == len(inputs):
+        _kept[key] = program  # else others of these sizes may be told apart
+    return results
+
+
+def _key(direction: str, asked: Any, how: tuple[Any, ...], inputs: list[Tensor]) -> tuple[Any, ...]:
+    """What tells layers and batches apart whose launches differ; a program itself sees that all else is as it was."""
+    x, group_offsets, cu_seqlens = inputs[:3]
+    _, heads, pre_norm, eps, _ = how
+    aligned = group_offsets.data_ptr() % 16 == 0, cu_seqlens.data_ptr() % 16 == 0  # they are parts of the plan's
+    types = x.dtype, group_offsets.dtype, *aligned, x.get_device()
+    return direction, asked, heads, pre_norm, eps, x.shape, group_offsets.shape, cu_seqlens.shape, *types
+
+
+def _launches(device: int) -> bool:
+    """Whether it is the current GPU, and nobody wants to hear of every launch."""
+    return device >= 0 and device == torch.cuda.current_device() and not hooked()
+
+
+def _attends(direction: str, how: tuple[Any, ...], x: Tensor) -> bool:
+    """Whether attention is computed by our own kernel, to which no length matters, and not by what launches others."""
+    max_seqlen, heads, _, _, equal_lengths = how
+    return _chosen(direction, x.device, x.dtype, *x.shape, max_seqlen, heads, equal_lengths)
+
+
+@remembered
+def _chosen(
+    direction: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    d: int,
+    max_seqlen: int,
+    heads: int,
+    equal_lengths: bool,
+) -> bool:
+    like = torch.empty((), device=device, dtype=dtype).expand(rows, 3, heads, d // heads)
+    scale = (d // heads) ** -0.5
+    return attention.choose(direction, like, max_seqlen, scale, equal_lengths) is varlen_attention
