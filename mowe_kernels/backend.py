@@ -21,7 +21,10 @@ BACKENDS = ("reference", "triton")
 # Where several libraries can compute an op, a module of its own picks one.
 _CHOOSERS = {"varlen_attention": "mowe_kernels.attention"}
 # Ops without kernels of their own: they are right where those of their parts are.
-_MADE_OF = {"encoder_layer": ("grouped_layer_norm", "grouped_linear", "varlen_attention", "grouped_mlp")}
+_MADE_OF = {
+    "encoder_layer": ("grouped_layer_norm", "grouped_linear", "varlen_attention", "grouped_mlp"),
+    "encoder_layer_nf4": ("grouped_layer_norm", "grouped_linear_nf4", "varlen_attention"),
+}
 _WITHOUT_TRITON = ("nf4_quantize", "nf4_dequantize_grouped")
 
 # One for the whole process: autograd runs the backward of CUDA tensors in threads of its own.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mowe_kernels import (
     Level,
+    Nf4LayerParameters,
     Nf4Matrix,
     Nf4Stacks,
     Nf4Weight,
@@ -86,9 +87,22 @@ def quantize_linear(model: nn.Module, name: str, linear: Any, double_quant: bool
     model.set_submodule(name, Nf4StackedLinear(_quantize(linear.weight, double_quant), linear.bias))
 
 
-def stays_in_4_bits(linear: Any, x: Tensor) -> bool:
-    """Whether rows x go through a layer whose weights are best taken out of 4 bits inside of the products."""
-    return isinstance(linear, Nf4StackedLinear) and multiplies_in_4_bits(x, linear.matrix, linear.bias)
+def parameters_in_4_bits(parts: Sequence[Any], x: Tensor) -> Nf4LayerParameters | None:
+    """Those of a layer whose weights are best taken out of 4 bits inside of the products, by rows as few as these; None
+    for others. parts: the attention's norm, qkv, out, the other norm, fc1, fc2.
+    """
+    attention_norm, qkv, out, mlp_norm, fc1, fc2 = parts
+    linears = qkv, out, fc1, fc2
+    if not all(isinstance(linear, Nf4StackedLinear) for linear in linears):
+        return None
+    matrices = [linear.matrix for linear in linears]
+    tensors = (
+        own(attention_norm, "weight"), own(attention_norm, "bias"), own(qkv, "bias"), own(out, "bias"),
+        own(mlp_norm, "weight"), own(mlp_norm, "bias"), own(fc1, "bias"), own(fc2, "bias"),
+    )  # fmt: skip
+    if not all(multiplies_in_4_bits(x, matrix, *tensors) for matrix in matrices):
+        return None
+    return Nf4LayerParameters(*tensors, *matrices)
 
 
 def layer_weights(linears: Sequence[Any], rows: Level) -> list[Tensor]:

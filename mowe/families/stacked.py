@@ -7,14 +7,14 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mowe.errors import ConfigError
-from mowe.families.nf4 import layer_weights, own, stays_in_4_bits
+from mowe.families.nf4 import layer_weights, own, parameters_in_4_bits
 from mowe_kernels import (
     LayerParameters,
     Level,
     encoder_layer,
+    encoder_layer_nf4,
     grouped_layer_norm,
     grouped_linear,
-    varlen_attention,
 )
 
 _PARTS = "attention_norm", "qkv", "out", "mlp_norm", "fc1", "fc2"  # of a layer, in the order of LayerParameters
@@ -101,32 +101,12 @@ class StackedLayer(GradientCheckpointingLayer):
 
     def forward(self, x: Tensor, rows: Level) -> Tensor:
         """[R, D] -> [R, D], each sequence attending to itself alone."""
-        if stays_in_4_bits(self._modules["qkv"], x):
-            return self._in_4_bits(x, rows)
-        return encoder_layer(
-            x,
-            self._parameters_for(rows),
-            rows.group_offsets,
-            rows.cu_seqlens,
-            rows.max_seqlen,
-            heads=self.heads,
-            pre_norm=self.pre_norm,
-            eps=self.eps,
-            key_bias=self.key_bias,
-            equal_lengths=rows.equal_lengths,
-        )
-
-    def _in_4_bits(self, x: Tensor, rows: Level) -> Tensor:
-        """The same, matrix by matrix, for few rows and layers in 4 bits."""
-        qkv = self.qkv(self.attention_norm(x, rows) if self.pre_norm else x, rows)
-        heads = qkv.view(x.shape[0], 3, self.heads, -1)
-        attended = varlen_attention(heads, rows.cu_seqlens, rows.max_seqlen).flatten(1)
-        x = self.out(attended, rows, residual=x)
-        if not self.pre_norm:
-            x = self.attention_norm(x, rows)
-        hidden = self.fc1(self.mlp_norm(x, rows) if self.pre_norm else x, rows, activation="gelu")
-        x = self.fc2(hidden, rows, residual=x)
-        return x if self.pre_norm else self.mlp_norm(x, rows)
+        how = {"heads": self.heads, "pre_norm": self.pre_norm, "eps": self.eps, "equal_lengths": rows.equal_lengths}
+        offsets = rows.group_offsets, rows.cu_seqlens, rows.max_seqlen
+        in_4_bits = parameters_in_4_bits([self._modules[name] for name in _PARTS], x)
+        if in_4_bits is not None:
+            return encoder_layer_nf4(x, in_4_bits, *offsets, **how)
+        return encoder_layer(x, self._parameters_for(rows), *offsets, **how, key_bias=self.key_bias)
 
     def _parameters_for(self, rows: Level) -> LayerParameters:
         parts = [self._modules[name] for name in _PARTS]

@@ -14,7 +14,7 @@ def _fake(x, codes, absmax, nested_absmax, nested_offset, nested_code, sizes, *r
     return x.new_empty(x.shape[0], sizes[0])
 
 
-_op = Op(
+OP = Op(
     "grouped_linear_nf4",
     "(Tensor x, Tensor codes, Tensor absmax, Tensor nested_absmax, Tensor nested_offset, Tensor nested_code,"
     " int[] sizes, Tensor? bias, Tensor group_offsets, Tensor? residual, str activation) -> Tensor",
@@ -55,7 +55,7 @@ def grouped_linear_nf4(
     check_dtype(op, x, bias=bias, residual=residual)
     absent = matrix.codes.new_empty(0)
     stacks = (absent if tensor is None else tensor for tensor in matrix[:5])
-    return _op(x, *stacks, [*matrix[5:]], bias, group_offsets, residual, activation)
+    return OP(x, *stacks, [*matrix[5:]], bias, group_offsets, residual, activation)
 
 
 def multiplies_in_4_bits(x: Tensor, matrix: Nf4Matrix, *others: Tensor | None) -> bool:

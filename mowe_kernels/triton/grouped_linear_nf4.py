@@ -61,7 +61,7 @@ def forward(
     tile = setting("nf4_tile", TILE, hardware(x.device), f"{8 * x.itemsize} bits")
     launch(
         grouped_gemm_nf4_kernel, (rows // tile.rows + experts) * cdiv(n, tile.cols) if rows else 0,
-        x, codes, _code(x.device), absmax, *nested, bias, group_offsets, residual, out,
+        x, codes, code(x.device), absmax, *nested, bias, group_offsets, residual, out,
         E=experts, BE=next_power_of_2(experts), N=n, K=k, BLOCKSIZE=blocksize, NESTED_BLOCKSIZE=NESTED_BLOCKSIZE,
         GELU=activation == "gelu", BM=tile.rows, BN=tile.cols, BK=tile.depth,
         num_warps=tile.warps, num_stages=tile.stages, matmul=x.itemsize == 2,
@@ -75,7 +75,8 @@ def few_rows(x: Tensor) -> int:
 
 
 @cache
-def _code(device: torch.device) -> Tensor:
+def code(device: torch.device) -> Tensor:
+    """The sixteen values, which the kernel reads on its device."""
     return NF4_CODE.to(device)
 
 

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
-from mowe_kernels import csrc, nf4_dequantize_grouped, nf4_quantize
+from mowe_kernels import (
+    Nf4LayerParameters,
+    csrc,
+    encoder_layer_nf4,
+    nf4_dequantize_grouped,
+    nf4_quantize,
+    use_backend,
+)
+from mowe_kernels import attention as attention_of_device
+from mowe_kernels.triton import _layers, varlen_attention
+from mowe_kernels.triton._launch import override
 
 pytestmark = pytest.mark.gpu
 SHAPES = [(1, 1), (3, 5), (64, 64), (130, 67), (300, 260), (1536, 384)]
@@ -46,3 +58,38 @@ def test_all_matrices_for_the_encoders_in_use_without_a_sync():
         torch.cuda.set_sync_debug_mode("default")
     for mine, weight in zip(out, weights, strict=True):
         assert torch.equal(mine[[0, 2]].cpu(), weight.to("cpu").dequantize(torch.bfloat16)[[0, 2]])
+
+
+@pytest.mark.skipif(not csrc.available(), reason="the compiled library was not built")
+@pytest.mark.parametrize("pre_norm", [True, False], ids=["before", "after"])
+def test_a_repeated_layer_gives_what_its_parts_do(monkeypatch, pre_norm):
+    """The layers after the first are launched again, without waiting for the device."""
+    d, hidden, encoders, count = 384, 1536, 3, 150
+    offsets = torch.tensor([0, 70, 70, count], dtype=torch.int32, device="cuda")
+
+    def layer() -> Nf4LayerParameters:
+        widths = d, d, 3 * d, d, d, d, hidden, d
+        tensors = [torch.randn(encoders, width, dtype=torch.bfloat16, device="cuda") for width in widths]
+        shapes = (3 * d, d), (d, d), (hidden, d), (d, hidden)
+        weights = [torch.randn(encoders, n, k, device="cuda") / k**0.5 for n, k in shapes]
+        return Nf4LayerParameters(*tensors, *(nf4_quantize(weight, double_quant=True).matrix for weight in weights))
+
+    # Else a table that finds another library's attention faster leaves nothing to repeat.
+    monkeypatch.setattr(attention_of_device, "choose", lambda *args: varlen_attention)
+    with use_backend("triton"), override():  # which begins and ends with nothing kept
+        for number in range(3):
+            parameters, x = layer(), torch.randn(count, d, dtype=torch.bfloat16, device="cuda")
+            call = partial(
+                encoder_layer_nf4, x, parameters, offsets, offsets.clone(), count, heads=6, pre_norm=pre_norm
+            )
+            torch.cuda.set_sync_debug_mode("error" if number else "default")  # the first compiles
+            try:
+                repeated = call()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            with monkeypatch.context() as patch:
+                patch.setattr(_layers, "MOST_BYTES", dict.fromkeys(_layers.MOST_BYTES, 0))
+                patch.setattr(_layers, "_kept", {})
+                assert torch.equal(repeated, call())
+        (program,) = _layers._kept.values()
+        assert program is not None

@@ -1,0 +1,57 @@
+"""Triton `encoder_layer_nf4`: the kernels of its parts, those of one layer launched again for the next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from mowe_kernels.reference import encoder_layer_nf4 as reference
+from mowe_kernels.triton import _layers
+from mowe_kernels.triton.grouped_linear_nf4 import code
+
+
+def forward(
+    parts: reference.Parts,
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    matrices: Sequence[reference.Matrix],
+    group_offsets: Tensor,
+    cu_seqlens: Tensor,
+    *how: Any,
+) -> Sequence[Tensor]:
+    """As the reference."""
+    compute = partial(reference.forward, parts, x, parameters, matrices, group_offsets, cu_seqlens, *how)
+    about = _about(x, parameters, matrices, group_offsets, cu_seqlens, how)
+    return _layers.again(*about) or _layers.computed(compute, *about)
+
+
+def again(
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    matrices: Sequence[reference.Matrix],
+    group_offsets: Tensor,
+    cu_seqlens: Tensor,
+    *how: Any,
+) -> Sequence[Tensor]:
+    """As `forward`, but nothing where its launches are not known. It needs no check: it takes nothing but the like of
+    tensors that were checked.
+    """
+    return _layers.again(*_about(x, parameters, matrices, group_offsets, cu_seqlens, how))
+
+
+def _about(
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    matrices: Sequence[reference.Matrix],
+    group_offsets: Tensor,
+    cu_seqlens: Tensor,
+    how: tuple,
+) -> tuple[str, Any, tuple, list[Tensor]]:
+    inputs, sizes = [x, group_offsets, cu_seqlens, code(x.device), *parameters], []
+    for *tensors, of_matrix in matrices:
+        inputs += [tensor for tensor in tensors if tensor.numel()]  # else there are no scales of the scales
+        sizes += of_matrix
+    return "forward", ("nf4", len(inputs), *sizes), how, inputs
