@@ -21,7 +21,7 @@ BACKENDS = ("reference", "triton")
 # Where several libraries can compute an op, a module of its own picks one.
 _CHOOSERS = {"varlen_attention": "mowe_kernels.attention"}
 # Ops without kernels of their own: they are right where those of their parts are.
-_MADE_OF = {
+MADE_OF = {
     "encoder_layer": ("grouped_layer_norm", "grouped_linear", "varlen_attention", "grouped_mlp"),
     "encoder_layer_nf4": ("grouped_layer_norm", "grouped_linear_nf4", "varlen_attention"),
 }
@@ -92,7 +92,7 @@ def _measured(op: str, device: torch.device | None) -> bool:
     if table is None:
         _tell(f"runs in plain torch on {name}, where its kernels were not tried yet")
         return False
-    missing = [part for part in _MADE_OF.get(op, (op,)) if part not in table.ops]
+    missing = [part for part in MADE_OF.get(op, (op,)) if part not in table.ops]
     for part in missing:
         _tell(f"computes {part} in plain torch on {name}, where its kernels were not tried yet or not found right")
     return not missing and _has_triton()

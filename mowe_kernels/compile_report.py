@@ -21,6 +21,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from mowe_kernels.backend import MADE_OF
+
 if TYPE_CHECKING:
     from mowe_kernels.triton._compilation import Compilation
 
@@ -75,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
 def ops() -> list[str]:
     """The modules of mowe_kernels.triton that hold an op and kernels for it."""
     names = (module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / "triton")]))
-    return [name for name in names if not name.startswith("_") and name != "encoder_layer"]  # made of other ops
+    return [name for name in names if not name.startswith("_") and name not in MADE_OF]
 
 
 def compile_all(names: list[str]) -> list[Outcome]:
