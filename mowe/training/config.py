@@ -1,20 +1,27 @@
-"""What a training run is: read from YAML, overridden from the command line, checked before anything is loaded."""
+"""What a training run is: its fields, what they may be, and the file that they are read from."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field
-from enum import Enum
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from mowe.errors import ConfigError
+from mowe.training.fields import (
+    as_config,
+    check_not_negative,
+    check_path,
+    check_positive,
+    check_share,
+    parse_yaml,
+    set_field,
+    suggest,
+)
 
 
 @dataclass
@@ -34,7 +41,7 @@ class PartsConfig:
         sources = {"audio_tower": self.audio_tower, "language_model": self.language_model, "tokenizer": self.tokenizer}
         for name, source in (sources | {f"pool.{i}": encoder for i, encoder in enumerate(self.pool)}).items():
             if source is not None:
-                _path(name, source)
+                check_path(name, source)
         for name in self.settings:
             if name in _OF_PARTS:
                 raise ConfigError(f"settings.{name}: is set by {_OF_PARTS[name]}")
@@ -56,8 +63,8 @@ class ManifestConfig:
     weight: float = 1.0
 
     def check(self) -> None:
-        _path("manifest", self.manifest)
-        _positive(self, "weight")
+        check_path("manifest", self.manifest)
+        check_positive(self, "weight")
 
 
 @dataclass
@@ -83,13 +90,13 @@ class DataConfig:
     def check(self) -> None:
         if not self.train:
             raise ConfigError("train: expected at least one manifest, got none")
-        _positive(self, "batch_frames", "batch_clips")
-        _not_negative(self, "workers")
+        check_positive(self, "batch_frames", "batch_clips")
+        check_not_negative(self, "workers")
         for number, path in enumerate(self.validation):
-            _path(f"validation.{number}", path)
+            check_path(f"validation.{number}", path)
         for task, weight in self.task_weights.items():
             if self.tasks is not None and task not in self.tasks:
-                raise ConfigError(f"task_weights: {task!r} is not among tasks{_suggest(task, self.tasks)}")
+                raise ConfigError(f"task_weights: {task!r} is not among tasks{suggest(task, self.tasks)}")
             if not 0 <= weight < math.inf:
                 raise ConfigError(f"task_weights.{task}: must not be negative, got {weight}")
 
@@ -121,8 +128,8 @@ class LoraConfig:
     dropout: float = 0.0
 
     def check(self) -> None:
-        _positive(self, "rank", "alpha")
-        _share(self, "dropout")
+        check_positive(self, "rank", "alpha")
+        check_share(self, "dropout")
 
 
 @dataclass
@@ -138,7 +145,7 @@ class SpecAugmentConfig:
     mel_bins: int = 10
 
     def check(self) -> None:
-        _not_negative(self, *(f.name for f in dataclasses.fields(self)))
+        check_not_negative(self, *(f.name for f in dataclasses.fields(self)))
 
 
 @dataclass
@@ -159,8 +166,8 @@ class StageConfig:
     def check(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise ConfigError("steps: expected either this or epochs")
-        _positive(self, "steps", "epochs", "learning_rate")
-        _share(self, "warmup")
+        check_positive(self, "steps", "epochs", "learning_rate")
+        check_share(self, "warmup")
 
 
 @dataclass
@@ -200,11 +207,11 @@ class TrainConfig:
     def check(self) -> None:
         if not self.stages:
             raise ConfigError("stages: expected at least one, got none")
-        _path("output", self.output)
+        check_path("output", self.output)
         if isinstance(self.model, str):
-            _path("model", self.model)
-        _positive(self, "accumulate", "log_every", "save_every", "evaluate_every", "keep")
-        _not_negative(self, "seed", "weight_decay", "max_grad_norm")
+            check_path("model", self.model)
+        check_positive(self, "accumulate", "log_every", "save_every", "evaluate_every", "keep")
+        check_not_negative(self, "seed", "weight_decay", "max_grad_norm")
         if self.seed >= 2**32:
             raise ConfigError(f"seed: must be below 2**32, got {self.seed}")
         if self.fsdp and any(isinstance((stage.trainable or self.trainable).pool, list) for stage in self.stages):
@@ -219,7 +226,7 @@ class TrainConfig:
             if name in _WITHOUT_EFFECT:
                 raise ConfigError(f"trainer.{name}: has no effect here, {_WITHOUT_EFFECT[name]}")
             if name not in known:
-                raise ConfigError(f"trainer.{name}: no field of TrainingArguments{_suggest(name, known)}")
+                raise ConfigError(f"trainer.{name}: no field of TrainingArguments{suggest(name, known)}")
             self.trainer[name] = as_config(known[name], value, f"trainer.{name}")
         if self.trainer.get("eval_on_start") and not self.data.validation:
             raise ConfigError("trainer.eval_on_start: needs manifests under data.validation, there are none")
@@ -288,7 +295,7 @@ def read_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     """
     path = Path(path)
     try:
-        data = _parse(path.read_text(encoding="utf-8"))
+        data = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
@@ -296,176 +303,11 @@ def read_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected fields and values, got {type(data).__name__}")
     for override in overrides:
-        _override(data, override)
+        set_field(data, override)
     try:
         return as_config(TrainConfig, data)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-
-
-def as_config(kind: Any, value: Any, name: str = "") -> Any:
-    """The value as a dataclass, or as any type that fields have. Raises ConfigError, naming the field."""
-    if dataclasses.is_dataclass(kind):
-        return _as_dataclass(kind, value, name)
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        return _as_one_of(inner, value, name)
-    if origin is Literal:
-        if value not in inner:
-            raise ConfigError(f"{name}: must be {' or '.join(map(repr, inner))}, got {value!r}{_suggest(value, inner)}")
-        return value
-    if origin is list and isinstance(value, list):
-        return [as_config(inner[0], item, f"{name}.{i}") for i, item in enumerate(value)]
-    if origin is dict and isinstance(value, dict):
-        return {str(key): as_config(inner[1], item, f"{name}.{key}") for key, item in value.items()}
-    if kind is Any or (kind in (bool, str, dict) and isinstance(value, kind)):
-        return value
-    if kind in (int, float):
-        number = _as_number(kind, value)
-        if number is not None:
-            return number
-    raise ConfigError(f"{name}: expected {_said(kind)}, got {value!r}")
-
-
-def _as_dataclass(kind: Any, value: Any, name: str) -> Any:
-    if not isinstance(value, dict):
-        raise ConfigError(f"{name}: expected fields and values, got {value!r}")
-    at = f"{name}." if name else ""
-    hints = get_type_hints(kind)
-    for key in value:
-        if key not in hints:
-            raise ConfigError(f"{at}{key}: unknown field{_suggest(key, hints)}")
-    for f in dataclasses.fields(kind):
-        if f.default is MISSING and f.default_factory is MISSING and f.name not in value:
-            raise ConfigError(f"{at}{f.name}: missing")
-    config = kind(**{key: as_config(hints[key], item, f"{at}{key}") for key, item in value.items()})
-    if hasattr(config, "check"):
-        try:
-            config.check()
-        except ConfigError as error:
-            raise ConfigError(f"{at}{error}") from None
-    return config
-
-
-def _as_one_of(kinds: Sequence[Any], value: Any, name: str) -> Any:
-    if value is None and NoneType in kinds:
-        return None
-    if isinstance(value, dict):  # told apart by shape, so that what is wrong inside is named
-        kinds = [kind for kind in kinds if dataclasses.is_dataclass(kind)] or kinds
-    elif isinstance(value, list):
-        kinds = [kind for kind in kinds if get_origin(kind) is list] or kinds
-    kinds = [kind for kind in kinds if kind is not NoneType]
-    if len(kinds) == 1:
-        return as_config(kinds[0], value, name)
-    for kind in kinds:
-        try:
-            return as_config(kind, value, name)
-        except ConfigError:
-            continue
-    raise ConfigError(f"{name}: expected {' or '.join(dict.fromkeys(map(_said, kinds)))}, got {value!r}")
-
-
-def _as_number(kind: type, value: Any) -> Any:
-    """YAML takes 1e-3 for a text."""
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return kind(value) if kind is float or float(value).is_integer() else None
-
-
-def _parse(text: str) -> Any:
-    """YAML in which no field comes twice, of which the last would count. Raises ValueError."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            seen = set()
-            for key, _ in node.value:
-                if str(key.value) in seen:
-                    raise ValueError(f"line {key.start_mark.line + 1}: {key.value} is there twice")
-                seen.add(str(key.value))
-            return super().construct_mapping(node, deep)
-
-    try:
-        return yaml.load(text, Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # dates such as 2024-13-01 are ValueErrors
-        raise ValueError(" ".join(str(error).split())) from None
-
-
-def _override(data: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise ConfigError(f"{override!r}: expected FIELD=VALUE, as data.batch_frames=4000")
-    try:
-        value = _parse(text)
-    except ValueError:
-        value = text
-    *parents, last = path.split(".")
-    place: Any = data
-    for key in parents:
-        if isinstance(place, dict) and place.get(key) is None:
-            place[key] = {}
-        place = place[_key(place, key, override)]
-    place[_key(place, last, override)] = value
-
-
-def _key(place: Any, key: str, override: str) -> str | int:
-    if isinstance(place, dict):
-        return key
-    if not isinstance(place, list):
-        raise ConfigError(f"{override!r}: there is nothing inside of {place!r}")
-    if not key.isdecimal() or int(key) >= len(place):
-        raise ConfigError(f"{override!r}: no entry {key} in a list of {len(place)}")
-    return int(key)
-
-
-def _suggest(name: Any, known: Any) -> str:
-    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
-    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(map(str, known))}"
-
-
-def _said(kind: Any) -> str:
-    if dataclasses.is_dataclass(kind):
-        return "fields and values"
-    origin = get_origin(kind)
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        return "a text"
-    named = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list"}
-    return named.get(origin or kind, "fields and values")
-
-
-def _positive(config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise ConfigError(f"{name}: must be positive, got {value}")
-
-
-def _not_negative(config: Any, *names: str) -> None:
-    for name in names:
-        if not 0 <= getattr(config, name) < float("inf"):
-            raise ConfigError(f"{name}: must not be negative, got {getattr(config, name)}")
-
-
-def _path(name: str, value: str) -> None:
-    """Raise ConfigError for a text that no file can have as its path, whether there is one or not."""
-    if not value:
-        raise ConfigError(f"{name}: expected a path, got an empty text")
-    try:
-        os.stat(value)
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        pass
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{name}: {value!r} cannot be a path ({getattr(error, 'strerror', None) or error})") from None
-
-
-def _share(config: Any, name: str) -> None:
-    if not 0 <= getattr(config, name) < 1:
-        raise ConfigError(f"{name}: must lie in 0..1, 1 excluded, got {getattr(config, name)}")
 
 
 def _check_schedule(stages: Sequence[StageConfig], settings: Any) -> None:

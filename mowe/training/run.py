@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,41 +13,27 @@ import torch
 from accelerate import DistributedType, PartialState
 from accelerate.utils import broadcast_object_list
 from torch.distributed.fsdp import FSDPModule
-from transformers import (
-    AutoTokenizer,
-    PrinterCallback,
-    ProgressCallback,
-    TrainerCallback,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import is_tensorboard_available
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from mowe.checkpoint import load_language_model, reading
+from mowe.checkpoint import reading
 from mowe.data import Example, Manifest, read_manifest
-from mowe.errors import CheckpointError, ConfigError, DataError, MoweError, naming
-from mowe.files import check_folder, make_folder, write_text
+from mowe.errors import ConfigError, MoweError, naming
 from mowe.modeling_mowe import MoweForConditionalGeneration
-from mowe.processing_mowe import MoweFeatureExtractor, MoweProcessor
-from mowe.quantization import MoweQuantizationConfig, quantize
 from mowe.training.augment import add_spec_augment
-from mowe.training.config import PartsConfig, TrainConfig
-from mowe.training.data import Collator, FrameBatches, base_frames, conversation
+from mowe.training.config import TrainConfig
+from mowe.training.data import Collator, FrameBatches, base_frames
 from mowe.training.log import RunLog, read_lines
-from mowe.training.parts import Parts, parts_in_4_bits
+from mowe.training.parts import Parts
 from mowe.training.picture import training_picture
 from mowe.training.routing import RoutingMeter
 from mowe.training.saving import read_trained, reading_checkpoint, whole
+from mowe.training.start import check_answers, check_output, check_random_states, check_template, load, write_config
 from mowe.training.trainer import MoweTrainer, trainer_settings
 
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
-_FREE_TO_CHANGE = ("log_every", "save_every", "evaluate_every", "keep", "tensorboard", "output", "data.workers")
-"""What a resumed run may have otherwise than the run before."""
-_CONFIG = "config.json"
-_AUDIO_TOKEN = "<|audio|>"
 
 
 @dataclass(frozen=True)
@@ -84,7 +69,7 @@ class _Run:
         self.output = Path(config.output)
         self.trainable = [stage.trainable or config.trainable for stage in config.stages]
         self.world = _world(config)
-        _check_output(config, resume)
+        check_output(config, resume)
         manifests = [self._read(source.manifest, track) for source in config.data.train]
         validation = [self._read(path, track) for path in config.data.validation]
         self.skipped = [f"{m.path}: {told}" for m in (*manifests, *validation) for told in m.skipped]
@@ -100,10 +85,10 @@ class _Run:
             for example in manifest
         ]
         self._load(config.load_in_4bit)
-        _check_template(self.processor)
+        check_template(self.processor)
         for manifest in (*manifests, *validation):
             manifest.check_prompts(self.processor.audio_token)
-            _check_answers(manifest, self.processor.audio_token)
+            check_answers(manifest, self.processor.audio_token)
         if config.fsdp and self.parts.in_4_bits:
             raise ConfigError("fsdp: a model in 4 bits is not sharded, train it without fsdp")
         for trainable in self.trainable:
@@ -172,7 +157,7 @@ class _Run:
             for task, examples in self.validation.items()
         }
         if self.world.is_main_process:
-            _write_config(self.config)
+            write_config(self.config)
             for left in self._folder(number).glob("unfinished-*"):  # by a kill
                 shutil.rmtree(left)
         with trainer_settings():
@@ -273,7 +258,7 @@ class _Run:
                     state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
                     done = state.global_step >= state.max_steps
                 if not done:
-                    _check_random_states(checkpoint, self.world.num_processes)
+                    check_random_states(checkpoint, self.world.num_processes)
                     return number, checkpoint
                 self._load_trained(number)
                 return number + 1, None
@@ -313,43 +298,6 @@ class _Run:
                 training_picture(self.output / "routing.png", entries, names, "Who listened as training went on")
 
 
-def load(config: TrainConfig, in_4_bits: bool = False) -> tuple[MoweForConditionalGeneration, MoweProcessor]:
-    """The model that a run begins with, in float32, the same at every call, and its processor.
-
-    in_4_bits: the language model is put in 4 bits, if it is not already.
-    """
-    set_seed(config.seed)
-    if isinstance(config.model, str):
-        if not Path(config.model).is_dir():
-            raise CheckpointError(f"model: {config.model}: no such folder, expected that of a saved model")
-        quantization = MoweQuantizationConfig(["language_model"]) if in_4_bits else None
-        model = MoweForConditionalGeneration.from_pretrained(
-            config.model, dtype="float32", quantization_config=quantization
-        )
-        processor = MoweProcessor.from_pretrained(config.model)
-    else:
-        model, processor = _from_parts(config.model)
-    if in_4_bits and "language_model" not in parts_in_4_bits(model):
-        before = getattr(model.config, "quantization_config", None)
-        quantize(model, parts=["language_model"], double_quant=before.double_quant if before else True)
-    return model, processor
-
-
-def _from_parts(parts: PartsConfig) -> tuple[MoweForConditionalGeneration, MoweProcessor]:
-    source = parts.tokenizer or parts.language_model
-    with naming(source), reading("the tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    tokenizer.add_special_tokens({"additional_special_tokens": [_AUDIO_TOKEN]}, replace_extra_special_tokens=False)
-    model = MoweForConditionalGeneration.from_parts(
-        parts.audio_tower,
-        parts.pool,
-        load_language_model(parts.language_model).float(),  # its type is that of the whole model
-        audio_token_id=tokenizer.convert_tokens_to_ids(_AUDIO_TOKEN),
-        **parts.settings,
-    )
-    return model, MoweProcessor(MoweFeatureExtractor.from_config(model.config), tokenizer, audio_token=_AUDIO_TOKEN)
-
-
 def _world(config: TrainConfig) -> PartialState:
     """The processes of this run. Raises ConfigError for what they cannot do."""
     world = PartialState(cpu=not torch.cuda.is_available())
@@ -380,71 +328,8 @@ def _by_task(examples: Iterable[Example]) -> dict[str, list[Example]]:
     return found
 
 
-def _check_output(config: TrainConfig, resume: bool) -> None:
-    """Raise ConfigError where there can be no run, where it would mix with another one or has none to go on with."""
-    output = Path(config.output)
-    check_folder(output, "output")
-    if not resume:
-        if output.is_dir() and any(output.iterdir()):
-            raise ConfigError(f"output: {output} is not empty; go on with --resume or choose another folder")
-        return
-    stored = output / _CONFIG
-    if not stored.exists():
-        raise ConfigError(f"output: {output} has no run to go on with; begin one without --resume")
-    with naming(f"{stored}"), reading("the configuration of the run"):
-        before = dict(json.loads(stored.read_text(encoding="utf-8")))
-    now = _flat(asdict(config))
-    defaults = {f.name: f.default for f in fields(config)}  # of fields that are newer than that run
-    for name in sorted(before.keys() | now.keys()):
-        was, is_now = before.get(name, defaults.get(name)), now.get(name)
-        if was != is_now and name not in _FREE_TO_CHANGE:
-            raise ConfigError(f"{name}: {output} was begun with {was!r}, it cannot go on with {is_now!r}")
-
-
-def _check_template(processor: MoweProcessor) -> None:
-    """Raise CheckpointError for a chat template that fails, or that leaves the audio out."""
-    with naming("model"), reading("the chat template"):
-        prompt = processor.apply_chat_template(conversation(torch.zeros(1), "?"))
-        if prompt.count(processor.audio_token) != 1:
-            raise CheckpointError(f"its chat template does not write {processor.audio_token} once, it says {prompt!r}")
-
-
-def _check_answers(manifest: Manifest, audio_token: str) -> None:
-    """Raise DataError for an answer with the token that stands for audio."""
-    for example in manifest:
-        if audio_token in example.answer:
-            raise DataError(f"{manifest.path}: the answer about {example.name} has {audio_token}, leave it out")
-
-
-def _check_random_states(checkpoint: str, processes: int) -> None:
-    """Raise CheckpointError where they are not those of as many processes: a run would go on with other chance, and
-    with steps of another size.
-    """
-    expected = ["rng_state.pth"] if processes == 1 else [f"rng_state_{index}.pth" for index in range(processes)]
-    found = sorted(path.name for path in Path(checkpoint).glob("rng_state*.pth"))
-    if found != sorted(expected):
-        raise CheckpointError(
-            f"{checkpoint}: expected {' '.join(expected)}, the random state of each process, "
-            f"got {' '.join(found) or 'none'}; a run goes on with as many processes as it was begun with"
-        )
-
-
 def _names_of(examples: Sequence[Example]) -> Callable[[int], str]:
     return lambda index: examples[index].name
-
-
-def _write_config(config: TrainConfig) -> None:
-    output = make_folder(config.output, "output")
-    write_text(output / _CONFIG, json.dumps(_flat(asdict(config)), indent=2) + "\n", "the configuration")
-
-
-def _flat(data: Any, name: str = "") -> dict[str, Any]:
-    """{"data.batch_frames": 8000, ...}"""
-    if not isinstance(data, dict | list) or not data:
-        return {name: data}
-    items = data.items() if isinstance(data, dict) else enumerate(data)
-    at = f"{name}." if name else ""
-    return {key: value for k, item in items for key, value in _flat(item, f"{at}{k}").items()}
 
 
 def _last_entries(entries: Sequence[dict[str, float]], stage: int) -> dict[str, float]:

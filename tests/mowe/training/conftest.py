@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mowe.training import TrainConfig
-from mowe.training.config import as_config
+from mowe.training.fields import as_config
 from tests.mowe.training.tones import make_tones
 
 

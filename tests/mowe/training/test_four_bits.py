@@ -20,7 +20,7 @@ from mowe.errors import CheckpointError, ConfigError
 from mowe.training import TrainConfig, train
 from mowe.training.log import read_lines
 from mowe.training.parts import parts_in_4_bits
-from mowe.training.run import load
+from mowe.training.start import load
 from tests.mowe.audio_llm import CLIPS, PROMPTS, processor_of, tiny_model
 
 LORA: dict[str, Any] = {"trainable": {"language_model": "lora"}, "lora": {"rank": 2}}

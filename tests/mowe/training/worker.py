@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from mowe.training import TrainConfig, train
-from mowe.training.config import as_config
+from mowe.training.fields import as_config
 
 
 def main(config: str, *changes: str) -> None:
