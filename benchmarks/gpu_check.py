@@ -74,12 +74,13 @@ def main(out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the
     raise typer.Exit(any(codes))
 
 
-def _run(module: list[str], log: Path, minutes: float) -> int:
-    """Exit code of `python -m` with these arguments, its output in a file; 124 where it took too long.
+def _run(module: list[str], log: Path, minutes: float, by: tuple[str, ...] = ()) -> int:
+    """Exit code of `python -m` with these arguments, its output in a file; 124 where it took too long. by: what starts
+    it, if not this process itself.
 
     What it started ends with it: the memory checker, say, would go on beside what is timed next.
     """
-    command = [sys.executable, "-m", *module]
+    command = [*by, sys.executable, "-m", *module]
     with log.open("w") as file:
         process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
@@ -127,17 +128,18 @@ def _test(log: Path, minutes: float) -> int:
 
 @contextmanager
 def _compiling(deadline: float) -> Iterator[None]:
-    """Beside the `with` block, run once what the suite will want compiled, which times one after the other: compilers
-    keep on disk what they made.
+    """Beside the `with` block, but behind what runs there, run once what the suite will want compiled, which times one
+    after the other: compilers keep on disk what they made.
     """
     wanted = dict.fromkeys(
         (c.workload, c.device, c.dtype, name) for c in SUITES["gpu"] for name in c.providers if name in _COMPILED
     )
 
     def run(given: tuple[str, ...]) -> None:
-        _run(["benchmarks.memory", json.dumps([given]), "1"], Path(os.devnull), _minutes_until(deadline))
+        later = ("nice", "-n", "10", "env", "TORCHINDUCTOR_COMPILE_THREADS=2")
+        _run(["benchmarks.memory", json.dumps([given]), "1"], Path(os.devnull), _minutes_until(deadline), later)
 
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
+    with ThreadPoolExecutor(_AT_ONCE // 2) as pool:
         for given in wanted:
             pool.submit(run, given)
         yield

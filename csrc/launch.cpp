@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <type_traits>
 #include <vector>
 
@@ -130,7 +131,7 @@ bool fits(const Tensor& tensor, const Layout& layout, int device) {
 
 int run(const Program& program, const std::vector<uint64_t>& addresses, void* stream) {
   auto address = [&](const Argument& argument) { return addresses[argument.place] + argument.value; };
-  int error = enter(std::max(program.device, 0));
+  int error = program.num_launches ? enter(std::max(program.device, 0)) : 0;
   std::vector<TensorMap> maps(program.num_matrices);
   for (int i = 0; i < program.num_matrices && !error; ++i)
     error = encode(program.matrices[i], address(program.matrices[i].address), maps[i]);
@@ -151,6 +152,14 @@ int run(const Program& program, const std::vector<uint64_t>& addresses, void* st
   return error;
 }
 
+Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, int32_t type) {
+  try {
+    return torch::stable::new_empty(like, sizes, static_cast<ScalarType>(type));
+  } catch (const std::exception&) {  // whose text is not that of the allocator
+    STD_TORCH_CHECK(false, "out of memory for the results and temporaries of a layer");
+  }
+}
+
 // The results for inputs that lie as those did of which the program was made; none for others.
 std::vector<Tensor> launch_again(int64_t address, const std::vector<Tensor>& inputs, int64_t stream) {
   const Program& program = *reinterpret_cast<const Program*>(address);
@@ -163,11 +172,10 @@ std::vector<Tensor> launch_again(int64_t address, const std::vector<Tensor>& inp
   auto lies = [&](const Tensor& tensor) { addresses.push_back(reinterpret_cast<uint64_t>(tensor.data_ptr())); };
   for (const Tensor& input : inputs) lies(input);
   for (int i = 0; i < program.num_results; ++i) {
-    const Layout& layout = program.results[i];
-    results.push_back(torch::stable::new_empty(inputs[0], layout.shape(), static_cast<ScalarType>(layout.type)));
+    results.push_back(allocate(inputs[0], program.results[i].shape(), program.results[i].type));
     if (results.back().numel()) lies(results.back());
   }
-  const Tensor memory = torch::stable::new_empty(inputs[0], {program.bytes}, ScalarType::Byte);
+  const Tensor memory = allocate(inputs[0], {&program.bytes, 1}, static_cast<int32_t>(ScalarType::Byte));
   lies(memory);
   if (const int error = run(program, addresses, reinterpret_cast<void*>(stream))) {
     const char* text = nullptr;

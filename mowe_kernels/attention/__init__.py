@@ -27,9 +27,9 @@ BACKENDS = {
 def forward(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, save_lse: bool, equal_lengths: bool = False
 ) -> tuple[Tensor, Tensor]:
-    qkv, cu_seqlens = qkv.contiguous(), cu_seqlens.to(torch.int32)  # as FlashAttention wants them
+    qkv = qkv.contiguous()
     backend = choose("forward", qkv, max_seqlen, scale, equal_lengths)
-    return backend.forward(qkv, cu_seqlens, max_seqlen, scale, save_lse, equal_lengths)
+    return backend.forward(qkv, _as_taken(cu_seqlens, backend), max_seqlen, scale, save_lse, equal_lengths)
 
 
 def backward(
@@ -42,9 +42,17 @@ def backward(
     scale: float,
     equal_lengths: bool = False,
 ) -> Tensor:
-    qkv, cu_seqlens = qkv.contiguous(), cu_seqlens.to(torch.int32)
+    qkv = qkv.contiguous()
     backend = choose("backward", qkv, max_seqlen, scale, equal_lengths)
-    return backend.backward(grad, qkv, out, lse, cu_seqlens, max_seqlen, scale, equal_lengths)
+    lengths = _as_taken(cu_seqlens, backend)
+    return backend.backward(grad, qkv, out, lse, lengths, max_seqlen, scale, equal_lengths)
+
+
+def _as_taken(cu_seqlens: Tensor, backend: ModuleType) -> Tensor:
+    """In int32, as FlashAttention wants them. Our own kernel takes them as they are: it may be launched again for other
+    lengths, which a copy of these would not follow.
+    """
+    return cu_seqlens if backend.__name__ == BACKENDS[KERNEL] else cu_seqlens.to(torch.int32)
 
 
 def choose(direction: str, qkv: Tensor, max_seqlen: int, scale: float, equal_lengths: bool) -> ModuleType:

@@ -123,9 +123,14 @@ class Program:
     def __call__(self, inputs: list[Tensor], stream: int) -> list[Tensor]:
         """The results, launched on a stream of the device; none where the inputs lie otherwise.
 
-        Raises RuntimeError for what the driver says.
+        Raises torch.OutOfMemoryError where there is no room for them, RuntimeError for what the driver says.
         """
-        return self._launch(self._address, inputs, stream)
+        try:
+            return self._launch(self._address, inputs, stream)
+        except RuntimeError as error:
+            if "out of memory" in str(error):  # the compiled library knows no other kind of error
+                raise torch.OutOfMemoryError(str(error)) from None
+            raise
 
 
 def available() -> bool:

@@ -75,9 +75,11 @@ def encoder_layer_nf4(
 
 
 def _as_taken(matrix: Nf4Matrix) -> reference.Matrix:
-    absent = matrix.codes.new_empty(0)
-    codes, absmax, *nested = (absent if tensor is None else tensor for tensor in matrix[:5])
-    return codes, absmax, *nested, [*matrix[5:]]
+    tensors = matrix[:5]
+    if any(tensor is None for tensor in tensors):
+        absent = matrix.codes.new_empty(0)
+        tensors = tuple(absent if tensor is None else tensor for tensor in tensors)
+    return *tensors, [*matrix[5:]]
 
 
 def _check(x: Tensor, parameters: Nf4LayerParameters, group_offsets: Tensor, cu_seqlens: Tensor, heads: int) -> None:

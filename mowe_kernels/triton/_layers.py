@@ -22,8 +22,8 @@ from mowe_kernels.triton._repeat import noted
 # first time, when temporaries all live at once, would take memory for nothing: eleven times that of the rows in a
 # forward, six in the ones after it, and in a backward several times as much.
 MOST_BYTES = {"forward": 2**26, "backward": 2**24}
-MOST_KEPT = 256
-_kept: dict[tuple, Program | None] = {}  # None: to be computed part by part
+MOST_KEPT, MOST_ALIKE = 256, 4  # keys; programs of a key, for tensors that lie otherwise than those of the others
+_kept: dict[tuple, list[Program]] = {}  # none for a key: to be computed part by part
 forget_by(_kept.clear)
 
 
@@ -34,10 +34,14 @@ def again(direction: str, asked: Any, how: tuple[Any, ...], inputs: list[Tensor]
     of the lengths, heads, pre_norm, eps, equal_lengths. inputs: all tensors that are read, of which x, group_offsets
     and cu_seqlens are the first.
     """
-    program, device = _kept.get(_key(direction, asked, how, inputs)), inputs[0].get_device()
-    if program is None or not _launches(device) or not _attends(direction, how, inputs[0]):
+    programs, device = _kept.get(_key(direction, asked, how, inputs)), inputs[0].get_device()
+    if not programs or not _launches(device) or not _attends(direction, how, inputs[0]):
         return ()
-    return program(inputs, current_stream(device))
+    stream = current_stream(device)
+    for program in programs:
+        if results := program(inputs, stream):
+            return results
+    return ()
 
 
 def computed(
@@ -48,20 +52,26 @@ def computed(
     compute: launches our kernels and those of attention, nothing else. The rest as for `again`.
     """
     x, key = inputs[0], _key(direction, asked, how, inputs)
+    programs = _kept.get(key)
     if (
         x.nbytes > MOST_BYTES[direction]
-        or _kept.get(key, compute) is None
+        or (programs is not None and not 0 < len(programs) < MOST_ALIKE)
         or not _launches(x.get_device())
         or len({tensor.device for tensor in inputs}) > 1
         or not all(tensor.is_contiguous() for tensor in inputs)  # else they are copied before they are read
         or not _attends(direction, how, x)
     ):
         return compute()
-    if len(_kept) >= MOST_KEPT:
-        _kept.clear()
-    results, program = noted(inputs, compute)
-    if program is not None or len({tensor.data_ptr() for tensor in inputs}) == len(inputs):
-        _kept[key] = program  # else others of these sizes may be told apart
+    try:
+        results, program = noted(inputs, compute)
+    except torch.OutOfMemoryError:  # meanwhile no temporary makes room for another
+        return compute()
+    if program is not None:
+        if len(_kept) >= MOST_KEPT:
+            _kept.clear()
+        _kept[key] = [*(programs or ()), program]
+    elif len({tensor.data_ptr() for tensor in inputs}) == len(inputs):  # else others of these sizes may be told apart
+        _kept.setdefault(key, [])
     return results
 
 

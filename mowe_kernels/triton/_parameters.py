@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
-from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
 
 from mowe_kernels.csrc.launch import Address, Argument, Launch, Matrix, Value, parameter_sizes
 from mowe_kernels.triton._launch import Started
@@ -17,25 +16,21 @@ _PACKED = {"i32": "<i", "i64": "<q", "fp32": "<f"}
 _NOTHING = Value(0, 8)
 
 
-class _UnknownError(Exception):
-    pass
-
-
 def as_launch(known: Started, programs: int, args: tuple[Any, ...], places: Mapping[int, Address]) -> Launch | None:
     """The launch of what was compiled, places being those of all tensors by their addresses.
 
     None where Triton gives the kernel more than its arguments, or those in a way that is not known here; the driver
     is asked whether it takes what it would be given.
     """
-    compiled = known.compiled.metadata
-    num_warps, num_ctas, shared = known.metadata
-    scratch = compiled.global_scratch_size or compiled.profile_scratch_size
-    if num_ctas != 1 or scratch or compiled.launch_cooperative_grid or compiled.launch_pdl:
-        return None
     try:
+        compiled = known.compiled.metadata
+        num_warps, num_ctas, shared = known.metadata
+        scratch = compiled.global_scratch_size or compiled.profile_scratch_size
+        if num_ctas != 1 or scratch or compiled.launch_cooperative_grid or compiled.launch_pdl:
+            return None
         # Behind the arguments, two pieces of memory of which these kernels want none.
         arguments = *_arguments(known, args, places), _NOTHING, _NOTHING
-    except _UnknownError:
+    except (ImportError, AttributeError, LookupError, TypeError, ValueError):  # a Triton that has it otherwise
         return None
     if parameter_sizes(known.function) != [argument.size for argument in arguments]:
         return None
@@ -57,9 +52,11 @@ def _arguments(known: Started, args: tuple[Any, ...], places: Mapping[int, Addre
 
 
 def _descriptor(arg: Any, how: Mapping[str, Any] | None, places: Mapping[int, Address]) -> Iterator[Argument]:
+    from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
+
     rows, columns = arg.shape
     if how is None or how["fp4_padded"] or arg.padding != "zero" or tuple(arg.strides) != (columns, 1):
-        raise _UnknownError
+        raise ValueError("a descriptor of another kind")
     kind, block = TMA_DTYPE_DEVICE_TO_HOST[how["elem_type"]], tuple(how["block_size"])
     yield Matrix(places[arg.base.data_ptr()], kind, how["swizzle"], how["elem_size"], (rows, columns), block)
     yield from (_number("i32", size) for size in arg.shape)
@@ -67,7 +64,5 @@ def _descriptor(arg: Any, how: Mapping[str, Any] | None, places: Mapping[int, Ad
 
 
 def _number(kind: str, value: float) -> Value:
-    if kind not in _PACKED:
-        raise _UnknownError
     packed = struct.pack(_PACKED[kind], value)
     return Value(int.from_bytes(packed, "little"), len(packed))

@@ -31,7 +31,7 @@ def test_steps_and_summary(monkeypatch, tmp_path, capsys, failing):
     monkeypatch.setattr(gpu_check, "markdown", lambda results: "results")
     minutes, tested, compiled, asked = [], [], [], {}
 
-    def run(module, log, limit):
+    def run(module, log, limit, by=()):
         code = int(module[0] == failing)
         if "--collect-only" in module:
             log.write_text(COLLECTED)

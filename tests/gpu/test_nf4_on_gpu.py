@@ -91,5 +91,4 @@ def test_a_repeated_layer_gives_what_its_parts_do(monkeypatch, pre_norm):
                 patch.setattr(_layers, "MOST_BYTES", dict.fromkeys(_layers.MOST_BYTES, 0))
                 patch.setattr(_layers, "_kept", {})
                 assert torch.equal(repeated, call())
-        (program,) = _layers._kept.values()
-        assert program is not None
+        assert list(map(len, _layers._kept.values())) == [1]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mowe_kernels import csrc
-from mowe_kernels.csrc.launch import parameter_sizes
+from mowe_kernels.csrc.launch import Program, parameter_sizes
 from tests.mowe_kernels.triton.no_gpu import needs_compiler, printed_by
 
 SCRIPT = """
@@ -114,3 +114,12 @@ def test_what_older_drivers_set_wrongly_is_left_to_newer_ones():
 @pytest.mark.skipif(not csrc.available(), reason="the compiled library was not built")
 def test_without_a_driver_nobody_knows_a_kernels_parameters():
     assert parameter_sizes(1) is None
+
+
+@pytest.mark.skipif(not csrc.available(), reason="the compiled library was not built")
+def test_without_room_torchs_own_error_is_raised():
+    x = torch.zeros(3)
+    (result,) = Program([], [x], [x], 0)([x], 0)
+    assert result.shape == x.shape
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory for the results and temporaries of a layer"):
+        Program([], [x], [x], 2**62)([x], 0)
