@@ -93,7 +93,7 @@ def parameters_in_4_bits(parts: Sequence[Any], x: Tensor) -> Nf4LayerParameters 
     """
     attention_norm, qkv, out, mlp_norm, fc1, fc2 = parts
     linears = qkv, out, fc1, fc2
-    if not all(isinstance(linear, Nf4StackedLinear) for linear in linears):
+    if set(map(type, linears)) != {Nf4StackedLinear}:
         return None
     matrices = [linear.matrix for linear in linears]
     tensors = (

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -103,21 +106,22 @@ class StackedLayer(GradientCheckpointingLayer):
         """[R, D] -> [R, D], each sequence attending to itself alone."""
         how = {"heads": self.heads, "pre_norm": self.pre_norm, "eps": self.eps, "equal_lengths": rows.equal_lengths}
         offsets = rows.group_offsets, rows.cu_seqlens, rows.max_seqlen
-        in_4_bits = parameters_in_4_bits([self._modules[name] for name in _PARTS], x)
+        parts = [self._modules[name] for name in _PARTS]
+        in_4_bits = parameters_in_4_bits(parts, x)
         if in_4_bits is not None:
             return encoder_layer_nf4(x, in_4_bits, *offsets, **how)
-        return encoder_layer(x, self._parameters_for(rows), *offsets, **how, key_bias=self.key_bias)
+        return encoder_layer(x, _parameters(parts, rows), *offsets, **how, key_bias=self.key_bias)
 
-    def _parameters_for(self, rows: Level) -> LayerParameters:
-        parts = [self._modules[name] for name in _PARTS]
-        try:  # nn.Module's own lookup takes as long as a launch
-            return LayerParameters(*[held[name] for held in [part._parameters for part in parts] for name in _OWN])
-        except KeyError:  # a weight in 4 bits; wrappers, replicas and parametrizations
-            pass
-        attention_norm, qkv, out, mlp_norm, fc1, fc2 = parts
-        weights = layer_weights((qkv, out, fc1, fc2), rows)
-        return LayerParameters(
-            own(attention_norm, "weight"), own(attention_norm, "bias"), weights[0], own(qkv, "bias"),
-            weights[1], own(out, "bias"), own(mlp_norm, "weight"), own(mlp_norm, "bias"),
-            weights[2], own(fc1, "bias"), weights[3], own(fc2, "bias"),
-        )  # fmt: skip
+
+def _parameters(parts: Sequence[Any], rows: Level) -> LayerParameters:
+    try:  # nn.Module's own lookup takes as long as a launch
+        return LayerParameters(*[held[name] for held in [part._parameters for part in parts] for name in _OWN])
+    except KeyError:  # a weight in 4 bits; wrappers, replicas and parametrizations
+        pass
+    attention_norm, qkv, out, mlp_norm, fc1, fc2 = parts
+    weights = layer_weights((qkv, out, fc1, fc2), rows)
+    return LayerParameters(
+        own(attention_norm, "weight"), own(attention_norm, "bias"), weights[0], own(qkv, "bias"),
+        weights[1], own(out, "bias"), own(mlp_norm, "weight"), own(mlp_norm, "bias"),
+        weights[2], own(fc1, "bias"), weights[3], own(fc2, "bias"),
+    )  # fmt: skip
