@@ -116,7 +116,8 @@ class _Layer(torch.autograd.Function):
         parameters, saved = tensors[:count], tensors[count:]
         needs = ctx.needs_input_grad[2], *ctx.needs_input_grad[5:]
         about = needs, grad, x, parameters, group_offsets, cu_seqlens, saved, *ctx.how
-        if needs_grad(grad, x, *parameters):  # a second derivative is asked for: the ops refuse it
+        # Where compiled autograd looks in, the ops are nodes of its graph; a second derivative they refuse.
+        if traced(grad, x, *parameters) or needs_grad(grad, x, *parameters):
             grads = reference.backward(_BACKWARD_OPS, *about)
         else:
             grads = implementation("encoder_layer", (x,)).backward(BACKWARD, *about)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 
 from mowe_kernels import LayerParameters, encoder_layer
 from tests.mowe_kernels.checks import (
@@ -72,6 +73,14 @@ def test_one_graph_of_torch_compile():
     inputs = make_inputs(sizes, 0)
     compiled = torch.compile(op(sizes, True), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(**inputs), op(sizes, True)(**inputs))
+
+
+def test_one_graph_of_compiled_autograd():
+    layer, inputs = op((4, 3), True), {n: v.requires_grad_() for n, v in make_inputs((4, 3), 0).items()}
+    expected = torch.autograd.grad(layer(**inputs).sum(), [*inputs.values()])
+    with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        layer(**inputs).sum().backward()
+    assert all(map(torch.equal, expected, (value.grad for value in inputs.values())))
 
 
 def test_no_second_derivative_instead_of_a_wrong_one():
