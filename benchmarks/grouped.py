@@ -100,5 +100,5 @@ def _convolve(x: Tensor, starts: Tensor, lengths: Tensor, out: Level, layer, str
 def _owners(offsets: Tensor, count: int) -> Tensor:
     """[count] the group of each row, the last one's of rows that are nobody's."""
     rows = torch.arange(count, device=offsets.device, dtype=offsets.dtype)
-    # Not in offsets[1:]: on a GPU, torch.compile would search from where that view's storage begins.
+    # Not in offsets[1:]: Inductor's code for a GPU names the storage, not where in it that view begins.
     return torch.searchsorted(offsets, rows, right=True).sub(1).clamp(max=len(offsets) - 2)

@@ -156,7 +156,7 @@ class Workload:
         return [self._placed(make) for make in self.pool]
 
     def _placed(self, make: Callable[[], nn.Module]) -> nn.Module:
-        with torch.device(self.device):  # where a GPU draws the weights in no time
+        with torch.device(self.device):  # weights are drawn where they will be
             model = make()
         return model.to(self.device, self.torch_dtype).eval()
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from mowe_kernels.backend import implementation
 from mowe_kernels.ops import grouped_layer_norm, grouped_linear_nf4, varlen_attention
 from mowe_kernels.ops._op import check, check_offsets, check_shape, needs_grad, traced
+from mowe_kernels.ops.grouped_linear_nf4 import as_taken
 from mowe_kernels.ops.nf4_dequantize_grouped import Nf4Matrix
 from mowe_kernels.reference import encoder_layer_nf4 as reference
 
@@ -59,7 +60,7 @@ def encoder_layer_nf4(
     Returns [R, D] in the type of x; rows past group_offsets[-1] are unspecified.
     Raises ValueError for shapes or types that do not fit, and where a gradient would be asked for: there is none.
     """
-    tensors, matrices = parameters[:8], [_as_taken(matrix) for matrix in parameters[8:]]
+    tensors, matrices = parameters[:8], [as_taken(matrix) for matrix in parameters[8:]]
     about = x, tensors, matrices, group_offsets, cu_seqlens, max_seqlen, heads, pre_norm, eps, equal_lengths
     if needs_grad(x, *tensors):
         raise ValueError("encoder_layer_nf4: has no gradient; dequantise the weights and use encoder_layer")
@@ -72,14 +73,6 @@ def encoder_layer_nf4(
         return results[0]
     _check(x, parameters, group_offsets, cu_seqlens, heads)
     return module.forward(FORWARD, *about)[0]
-
-
-def _as_taken(matrix: Nf4Matrix) -> reference.Matrix:
-    tensors = matrix[:5]
-    if any(tensor is None for tensor in tensors):
-        absent = matrix.codes.new_empty(0)
-        tensors = tuple(absent if tensor is None else tensor for tensor in tensors)
-    return *tensors, [*matrix[5:]]
 
 
 def _check(x: Tensor, parameters: Nf4LayerParameters, group_offsets: Tensor, cu_seqlens: Tensor, heads: int) -> None:

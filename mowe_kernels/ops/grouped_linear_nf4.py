@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from mowe_kernels.backend import implementation
@@ -53,9 +55,16 @@ def grouped_linear_nf4(
             check_shape(op, name, tensor, shape, "a value for every column of the result")
     check(activation in ACTIVATIONS, op, f"activation must be one of {ACTIVATIONS}, got {activation!r}")
     check_dtype(op, x, bias=bias, residual=residual)
-    absent = matrix.codes.new_empty(0)
-    stacks = (absent if tensor is None else tensor for tensor in matrix[:5])
-    return OP(x, *stacks, [*matrix[5:]], bias, group_offsets, residual, activation)
+    return OP(x, *as_taken(matrix), bias, group_offsets, residual, activation)
+
+
+def as_taken(matrix: Nf4Matrix) -> Any:
+    """Its tensors, empty where there are none, and its sizes, as the op takes them."""
+    tensors = matrix[:5]
+    if any(tensor is None for tensor in tensors):
+        absent = matrix.codes.new_empty(0)
+        tensors = tuple(absent if tensor is None else tensor for tensor in tensors)
+    return *tensors, [*matrix[5:]]
 
 
 def multiplies_in_4_bits(x: Tensor, matrix: Nf4Matrix, *others: Tensor | None) -> bool:

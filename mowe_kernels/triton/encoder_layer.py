@@ -14,28 +14,17 @@ from mowe_kernels.triton import _layers
 _FC1 = 8  # its weight among the parameters, which tells encoders of one width apart
 
 
-def forward(
-    parts: reference.Parts,
-    saves: bool,
-    x: Tensor,
-    parameters: Sequence[Tensor],
-    group_offsets: Tensor,
-    cu_seqlens: Tensor,
-    *how: Any,
-) -> Sequence[Tensor]:
+def forward(parts: reference.Parts, *given: Any) -> Sequence[Tensor]:
     """As the reference."""
-    compute = partial(reference.forward, parts, saves, x, parameters, group_offsets, cu_seqlens, *how)
-    about = _about(saves, x, parameters, group_offsets, cu_seqlens, how)
-    return _layers.again(*about) or _layers.computed(compute, *about)
+    about = _about(*given)
+    return _layers.again(*about) or _layers.computed(partial(reference.forward, parts, *given), *about)
 
 
-def again(
-    saves: bool, x: Tensor, parameters: Sequence[Tensor], group_offsets: Tensor, cu_seqlens: Tensor, *how: Any
-) -> Sequence[Tensor]:
+def again(*given: Any) -> Sequence[Tensor]:
     """As `forward`, but nothing where its launches are not known. It needs no check: it takes nothing but the like of
     tensors that were checked.
     """
-    return _layers.again(*_about(saves, x, parameters, group_offsets, cu_seqlens, how))
+    return _layers.again(*_about(*given))
 
 
 def backward(
@@ -57,6 +46,6 @@ def backward(
 
 
 def _about(
-    saves: bool, x: Tensor, parameters: Sequence[Tensor], group_offsets: Tensor, cu_seqlens: Tensor, how: tuple
+    saves: bool, x: Tensor, parameters: Sequence[Tensor], group_offsets: Tensor, cu_seqlens: Tensor, *how: Any
 ) -> tuple[str, Any, tuple, list[Tensor]]:
     return "forward", (saves, parameters[_FC1].shape), how, [x, group_offsets, cu_seqlens, *parameters]

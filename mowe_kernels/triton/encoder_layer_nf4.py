@@ -13,33 +13,17 @@ from mowe_kernels.triton import _layers
 from mowe_kernels.triton.grouped_linear_nf4 import code
 
 
-def forward(
-    parts: reference.Parts,
-    x: Tensor,
-    parameters: Sequence[Tensor],
-    matrices: Sequence[reference.Matrix],
-    group_offsets: Tensor,
-    cu_seqlens: Tensor,
-    *how: Any,
-) -> Sequence[Tensor]:
+def forward(parts: reference.Parts, *given: Any) -> Sequence[Tensor]:
     """As the reference."""
-    compute = partial(reference.forward, parts, x, parameters, matrices, group_offsets, cu_seqlens, *how)
-    about = _about(x, parameters, matrices, group_offsets, cu_seqlens, how)
-    return _layers.again(*about) or _layers.computed(compute, *about)
+    about = _about(*given)
+    return _layers.again(*about) or _layers.computed(partial(reference.forward, parts, *given), *about)
 
 
-def again(
-    x: Tensor,
-    parameters: Sequence[Tensor],
-    matrices: Sequence[reference.Matrix],
-    group_offsets: Tensor,
-    cu_seqlens: Tensor,
-    *how: Any,
-) -> Sequence[Tensor]:
+def again(*given: Any) -> Sequence[Tensor]:
     """As `forward`, but nothing where its launches are not known. It needs no check: it takes nothing but the like of
     tensors that were checked.
     """
-    return _layers.again(*_about(x, parameters, matrices, group_offsets, cu_seqlens, how))
+    return _layers.again(*_about(*given))
 
 
 def _about(
@@ -48,7 +32,7 @@ def _about(
     matrices: Sequence[reference.Matrix],
     group_offsets: Tensor,
     cu_seqlens: Tensor,
-    how: tuple,
+    *how: Any,
 ) -> tuple[str, Any, tuple, list[Tensor]]:
     inputs, sizes = [x, group_offsets, cu_seqlens, code(x.device), *parameters], []
     for *tensors, of_matrix in matrices:

@@ -45,7 +45,8 @@ import itertools
 import torch
 from mowe_kernels import backend, nf4_quantize
 from mowe_kernels.ops import _op
-from mowe_kernels.ops.encoder_layer_nf4 import FORWARD, _as_taken
+from mowe_kernels.ops.encoder_layer_nf4 import FORWARD
+from mowe_kernels.ops.grouped_linear_nf4 import as_taken
 from mowe_kernels.reference import encoder_layer_nf4 as parts
 from mowe_kernels.triton import _launch, _layers, _repeat, encoder_layer_nf4 as repeated
 from mowe_kernels.triton.grouped_linear_nf4 import code
@@ -60,7 +61,7 @@ D, E = 64, 2
 def layer(F=128, nested=True, blocksize=64):
     tensors = [torch.zeros(E, width, dtype=torch.bfloat16) for width in (D, D, 3 * D, D, D, D, F, D)]
     weights = [torch.randn(E, n, k) for n, k in ((3 * D, D), (D, D), (F, D), (D, F))]
-    return tensors, [_as_taken(nf4_quantize(w, double_quant=nested, blocksize=blocksize).matrix) for w in weights]
+    return tensors, [as_taken(nf4_quantize(w, double_quant=nested, blocksize=blocksize).matrix) for w in weights]
 
 def run(module, parameters, count, how, integers=torch.int32):
     x, offsets = torch.zeros(count, D, dtype=torch.bfloat16), torch.tensor([0, count // 2, count], dtype=integers)
