@@ -53,11 +53,9 @@ class Nf4StackedLinear(nn.Module):
         """[E, N, K], dequantised anew at every use."""
         return self.quantized.dequantize()
 
-    def forward(self, x: Tensor, rows: Level, *, activation: str = "", residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, rows: Level) -> Tensor:
         """[R, K] -> [R, N], every row through its encoder's layer."""
-        return grouped_linear_nf4(
-            x, self.matrix, self.bias, rows.group_offsets, activation=activation, residual=residual
-        )
+        return grouped_linear_nf4(x, self.matrix, self.bias, rows.group_offsets)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "kept_stacks": None}  # else the first linear of a layer would carry the others

@@ -37,9 +37,9 @@ class StackedLinear(nn.Module):
         nn.init.normal_(self.weight, std=0.02)
         nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor, rows: Level, *, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, rows: Level) -> Tensor:
         """[R, K] -> [R, N], every row through its encoder's layer."""
-        return grouped_linear(x, self.weight, self.bias, rows.group_offsets, residual=residual)
+        return grouped_linear(x, self.weight, self.bias, rows.group_offsets)
 
 
 class StackedConv(nn.Module):
