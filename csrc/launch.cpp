@@ -60,9 +60,11 @@ const Driver& driver() {
   return found;
 }
 
-// As mowe_kernels/csrc/launch.py has them.
+// As mowe_kernels/csrc/launch.py has them. Where a size is kOfBatch, it is the number of rows of the batch.
+constexpr int64_t kOfBatch = -1;
+
 struct Argument {
-  enum Kind : int32_t { kValue, kAddress, kMatrix };
+  enum Kind : int32_t { kValue, kAddress, kMatrix, kRows };
   Kind kind;
   int32_t place;   // of an address, among those given; of a matrix, among `matrices`
   uint64_t value;  // a value's bits, or bytes to be added to the address
@@ -70,21 +72,26 @@ struct Argument {
 
 struct Matrix {  // of which a descriptor (TMA) is made: row-major
   int32_t type, swizzle;
-  uint64_t rows, columns, itemsize;
+  int64_t rows;
+  uint64_t columns, itemsize;
   uint32_t block_rows, block_columns;
   Argument address;
 };
 
-struct Launch {
+struct Launch {  // (rows // block + more) * times programs
   void* function;
-  uint32_t programs, threads, shared, arguments;
+  uint32_t block, more, times, threads, shared, arguments;
 };
 
 struct Layout {
   const int64_t* sizes;
   int32_t dims, type, aligned;  // aligned: whether it begins at a multiple of 16 bytes
 
-  torch::headeronly::IntHeaderOnlyArrayRef shape() const { return {sizes, static_cast<size_t>(dims)}; }
+  std::vector<int64_t> shape(int64_t rows) const {
+    std::vector<int64_t> shape(sizes, sizes + dims);
+    std::replace(shape.begin(), shape.end(), kOfBatch, rows);
+    return shape;
+  }
 };
 
 struct Program {
@@ -92,7 +99,7 @@ struct Program {
   const Launch* launches;
   const Argument* arguments;  // of all launches, one after the other
   const Matrix* matrices;
-  int64_t bytes;  // of the temporaries
+  int64_t most_rows, bytes;  // bytes: of the temporaries, of so many rows
   int32_t num_inputs, num_results, num_launches, num_matrices, device;
 };
 
@@ -110,31 +117,34 @@ int enter(int ordinal) {
   return driver().set_current(context);
 }
 
-int encode(const Matrix& matrix, uint64_t address, TensorMap& map) {
-  const uint64_t sizes[] = {matrix.columns, matrix.rows}, pitch[] = {matrix.columns * matrix.itemsize};
+int encode(const Matrix& matrix, int64_t rows, uint64_t address, TensorMap& map) {
+  const uint64_t height = matrix.rows == kOfBatch ? rows : matrix.rows;
+  const uint64_t sizes[] = {matrix.columns, height}, pitch[] = {matrix.columns * matrix.itemsize};
   const uint32_t box[] = {matrix.block_columns, matrix.block_rows}, steps[] = {1, 1};
   constexpr int kNoInterleave = 0, kPromote128Bytes = 2, kFillWithZeros = 0;
   const int error = driver().encode(&map, matrix.type, 2, reinterpret_cast<void*>(address), sizes, pitch, box, steps,
                                     kNoInterleave, matrix.swizzle, kPromote128Bytes, kFillWithZeros);
   // What these drivers set wrongly is cleared as CUTLASS and Triton do.
   constexpr int kLastWrongVersion = 13010, kSmallMatrix = 128 << 10;  // bytes
-  const uint64_t last_byte = matrix.rows * pitch[0] - matrix.itemsize;
+  const uint64_t last_byte = height * pitch[0] - matrix.itemsize;
   if (driver().version <= kLastWrongVersion && last_byte + 1 < kSmallMatrix) map.opaque[1] &= ~(uint64_t{1} << 21);
   return error;
 }
 
-bool fits(const Tensor& tensor, const Layout& layout, int device) {
+bool fits(const Tensor& tensor, const Layout& layout, int64_t rows, int device) {
+  auto is = [rows](int64_t size, int64_t expected) { return size == (expected == kOfBatch ? rows : expected); };
+  const auto sizes = tensor.sizes();
   return tensor.get_device() == device && tensor.scalar_type() == static_cast<ScalarType>(layout.type) &&
-         tensor.sizes() == layout.shape() && tensor.is_contiguous() &&
-         (reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0) == (layout.aligned != 0);
+         std::equal(sizes.begin(), sizes.end(), layout.sizes, layout.sizes + layout.dims, is) &&
+         tensor.is_contiguous() && (reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0) == (layout.aligned != 0);
 }
 
-int run(const Program& program, const std::vector<uint64_t>& addresses, void* stream) {
+int run(const Program& program, int64_t rows, const std::vector<uint64_t>& addresses, void* stream) {
   auto address = [&](const Argument& argument) { return addresses[argument.place] + argument.value; };
   int error = program.num_launches ? enter(std::max(program.device, 0)) : 0;
   std::vector<TensorMap> maps(program.num_matrices);
   for (int i = 0; i < program.num_matrices && !error; ++i)
-    error = encode(program.matrices[i], address(program.matrices[i].address), maps[i]);
+    error = encode(program.matrices[i], rows, address(program.matrices[i].address), maps[i]);
   std::vector<uint64_t> values;
   std::vector<void*> parameters;
   const Argument* next = program.arguments;
@@ -143,10 +153,11 @@ int run(const Program& program, const std::vector<uint64_t>& addresses, void* st
     values.resize(std::max<size_t>(values.size(), launch.arguments));
     parameters.resize(values.size());
     for (uint32_t j = 0; j < launch.arguments; ++j, ++next) {
-      values[j] = next->kind == Argument::kAddress ? address(*next) : next->value;
+      values[j] = next->kind == Argument::kAddress ? address(*next) : next->kind == Argument::kRows ? rows : next->value;
       parameters[j] = next->kind == Argument::kMatrix ? static_cast<void*>(&maps[next->place]) : &values[j];
     }
-    error = driver().launch(launch.function, launch.programs, 1, 1, launch.threads, 1, 1, launch.shared, stream,
+    const auto programs = static_cast<unsigned>((rows / launch.block + launch.more) * launch.times);
+    error = driver().launch(launch.function, programs, 1, 1, launch.threads, 1, 1, launch.shared, stream,
                             parameters.data(), nullptr);
   }
   return error;
@@ -160,24 +171,27 @@ Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef siz
   }
 }
 
-// The results for inputs that lie as those did of which the program was made; none for others.
+// The results for inputs that lie as those did of which the program was made, whatever the rows up to its most; none
+// for others.
 std::vector<Tensor> launch_again(int64_t address, const std::vector<Tensor>& inputs, int64_t stream) {
   const Program& program = *reinterpret_cast<const Program*>(address);
   std::vector<Tensor> results;
-  if (inputs.size() != static_cast<size_t>(program.num_inputs)) return results;
+  if (inputs.size() != static_cast<size_t>(program.num_inputs) || inputs[0].dim() == 0) return results;
+  const int64_t rows = inputs[0].size(0);
+  if (rows > program.most_rows) return results;
   for (int i = 0; i < program.num_inputs; ++i)
-    if (!fits(inputs[i], program.inputs[i], program.device)) return results;
+    if (!fits(inputs[i], program.inputs[i], rows, program.device)) return results;
 
   std::vector<uint64_t> addresses;  // of the inputs, of the results that are not empty, of the temporaries
   auto lies = [&](const Tensor& tensor) { addresses.push_back(reinterpret_cast<uint64_t>(tensor.data_ptr())); };
   for (const Tensor& input : inputs) lies(input);
   for (int i = 0; i < program.num_results; ++i) {
-    results.push_back(allocate(inputs[0], program.results[i].shape(), program.results[i].type));
+    results.push_back(allocate(inputs[0], program.results[i].shape(rows), program.results[i].type));
     if (results.back().numel()) lies(results.back());
   }
   const Tensor memory = allocate(inputs[0], {&program.bytes, 1}, static_cast<int32_t>(ScalarType::Byte));
   lies(memory);
-  if (const int error = run(program, addresses, reinterpret_cast<void*>(stream))) {
+  if (const int error = run(program, rows, addresses, reinterpret_cast<void*>(stream))) {
     const char* text = nullptr;
     driver().name_error(error, &text);
     STD_TORCH_CHECK(false, "CUDA error: ", text ? text : "unknown error");

@@ -18,6 +18,8 @@ _SCALAR_TYPES = {
 }  # fmt: skip
 """As torch numbers them."""
 _MOST_PARAMETERS = 64  # of a kernel
+OF_BATCH = -1
+"""In the place of a size: the number of rows of a batch, the first size of the first of a program's inputs."""
 
 
 class Address(NamedTuple):
@@ -30,7 +32,9 @@ class Address(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """A descriptor (TMA) of a row-major matrix. type, swizzle: as the driver numbers them. block: what is fetched."""
+    """A descriptor (TMA) of a row-major matrix. type, swizzle: as the driver numbers them. block: what is fetched.
+    shape: rows, OF_BATCH or so many, and columns.
+    """
 
     address: Address
     type: int
@@ -49,18 +53,36 @@ class Value(NamedTuple):
     size: int
 
 
-Argument = Address | Matrix | Value
+class Rows(NamedTuple):
+    """How many rows the batch has, as the kernel takes it, so many bytes."""
+
+    size: int
+
+
+Argument = Address | Matrix | Value | Rows
 """`size`: bytes of the kernel's parameter."""
 
 
 class Launch(NamedTuple):
-    """function: the driver's. programs, threads: how many, and of how many each. shared: bytes of shared memory."""
+    """(rows // block + more) * times programs of so many threads. function: the driver's. shared: bytes of shared
+    memory of a program.
+    """
 
     function: int
-    programs: int
+    block: int
+    more: int
+    times: int
     threads: int
     shared: int
     arguments: tuple[Argument, ...]
+
+
+class Layout(NamedTuple):
+    """How a contiguous tensor lies in memory. shape: with OF_BATCH for the number of rows. aligned: to 16 bytes."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    aligned: bool = True
 
 
 class _Argument(ctypes.Structure):
@@ -70,7 +92,7 @@ class _Argument(ctypes.Structure):
 class _Matrix(ctypes.Structure):
     _fields_ = [
         ("type", c_int32), ("swizzle", c_int32),
-        ("rows", c_uint64), ("columns", c_uint64), ("itemsize", c_uint64),
+        ("rows", c_int64), ("columns", c_uint64), ("itemsize", c_uint64),
         ("block_rows", c_uint32), ("block_columns", c_uint32),
         ("address", _Argument),
     ]  # fmt: skip
@@ -79,7 +101,8 @@ class _Matrix(ctypes.Structure):
 class _Launch(ctypes.Structure):
     _fields_ = [
         ("function", c_void_p),
-        ("programs", c_uint32), ("threads", c_uint32), ("shared", c_uint32), ("arguments", c_uint32),
+        ("block", c_uint32), ("more", c_uint32), ("times", c_uint32),
+        ("threads", c_uint32), ("shared", c_uint32), ("arguments", c_uint32),
     ]  # fmt: skip
 
 
@@ -91,32 +114,42 @@ class _Program(ctypes.Structure):
     _fields_ = [
         ("inputs", ctypes.POINTER(_Layout)), ("results", ctypes.POINTER(_Layout)),
         ("launches", ctypes.POINTER(_Launch)), ("arguments", ctypes.POINTER(_Argument)),
-        ("matrices", ctypes.POINTER(_Matrix)), ("bytes", c_int64),
+        ("matrices", ctypes.POINTER(_Matrix)), ("most_rows", c_int64), ("bytes", c_int64),
         ("num_inputs", c_int32), ("num_results", c_int32), ("num_launches", c_int32), ("num_matrices", c_int32),
         ("device", c_int32),
     ]  # fmt: skip
 
 
 class Program:
-    """Launches, to be made as often as is liked, on other tensors that lie in memory as `inputs` do.
+    """Launches, to be made as often as is liked, on tensors that lie in memory as `inputs` say.
 
     Addresses are told by their places among the inputs, the results that are not empty, and one piece of memory of so
-    many bytes, `size`, for all else. num_matrices: how many descriptors are made each time.
+    many bytes, `size`, for all else of a batch of at most `most_rows` rows. device: of the tensors, -1 for the host.
+    num_matrices: how many descriptors are made each time.
     """
 
-    def __init__(self, launches: Sequence[Launch], inputs: Sequence[Tensor], results: Sequence[Tensor], size: int):
+    def __init__(
+        self,
+        launches: Sequence[Launch],
+        inputs: Sequence[Layout],
+        results: Sequence[Layout],
+        most_rows: int,
+        size: int,
+        device: int,
+    ):
         matrices: list[_Matrix] = []
         arguments = [_described(argument, matrices) for launch in launches for argument in launch.arguments]
         self.num_matrices = len(matrices)
         self._program = _Program(
             (_Layout * len(inputs))(*map(_layout, inputs)),
             (_Layout * len(results))(*map(_layout, results)),
-            (_Launch * len(launches))(*((*launch[:4], len(launch.arguments)) for launch in launches)),
+            (_Launch * len(launches))(*((*launch[:-1], len(launch.arguments)) for launch in launches)),
             (_Argument * len(arguments))(*arguments),
             (_Matrix * len(matrices))(*matrices),
+            most_rows,
             size,
             *map(len, (inputs, results, launches, matrices)),
-            inputs[0].get_device(),
+            device,
         )
         self._address, self._launch = ctypes.addressof(self._program), torch.ops.mowe.launch_again.default
 
@@ -153,15 +186,17 @@ def _library() -> Any:
     return library
 
 
-def _layout(tensor: Tensor) -> Any:
-    sizes = (c_int64 * tensor.dim())(*tensor.shape)
-    return sizes, tensor.dim(), _SCALAR_TYPES[tensor.dtype], tensor.data_ptr() % 16 == 0
+def _layout(layout: Layout) -> Any:
+    dims = len(layout.shape)
+    return (c_int64 * dims)(*layout.shape), dims, _SCALAR_TYPES[layout.dtype], layout.aligned
 
 
 def _described(argument: Argument, matrices: list[_Matrix]) -> Any:
-    value, address, matrix = range(3)
+    value, address, matrix, rows = range(4)
     if isinstance(argument, Value):
         return value, 0, argument.bits
+    if isinstance(argument, Rows):
+        return rows, 0, 0
     if isinstance(argument, Address):
         return address, *argument
     at, kind, swizzle, itemsize, shape, block = argument

@@ -37,6 +37,19 @@ class Hardware(NamedTuple):
     tuned: Mapping[str, Any] = MappingProxyType({})
 
 
+class Programs(int):
+    """(rows // block + more) * times: of a kernel that walks packed rows, of which every batch has others."""
+
+    block: int
+    more: int
+    times: int
+
+    def __new__(cls, rows: int, block: int, more: int, times: int = 1) -> Programs:
+        count = super().__new__(cls, (rows // block + more) * times)
+        count.block, count.more, count.times = block, more, times
+        return count
+
+
 class Started(NamedTuple):
     """What Triton compiled, and how it starts that: `run`, with some of its arguments and the kernel's constants."""
 
@@ -196,6 +209,14 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def alike(rows: int) -> int:
+    """The number of rows that launch settings are chosen for: rounded up to three binary digits, a quarter more at
+    most, so that batches of other lengths are often launched alike.
+    """
+    step = 1 << max((rows - 1).bit_length() - 3, 0)
+    return cdiv(rows, step) * step
+
+
 class Launch:
     """A kernel with its constants and launch settings, started by calling it with the number of programs and the
     arguments that are not constants, in the kernel's order, the first a tensor or a descriptor of one.
@@ -280,7 +301,10 @@ def current_stream(device: int) -> int:
 
 @contextmanager
 def noting() -> Iterator[list[tuple[Started, int, tuple[Any, ...]]]]:
-    """Write down the launches this thread makes on a GPU inside the `with` block: how, how many programs, with what."""
+    """Write down the launches this thread makes on a GPU inside the `with` block: how, how many programs, with what.
+    Those of a batch of another size are made of them, if nothing in them but `Programs` and arguments called "num_rows"
+    depends on the number of rows otherwise than by what it is `alike` to.
+    """
     before, launches = getattr(_noting, "launches", None), []
     _noting.launches = launches
     try:

@@ -1,13 +1,13 @@
 """Layers whose launches are made again: what one layer launched, the next ones launch too.
 
-The first layer of a number of rows goes through the ops; from then on the compiled library finds that the tensors lie
-in memory as those did, and starts the same kernels on them.
+The first layer of a size goes through the ops; from then on, also for batches of about as many rows, the compiled
+library finds that the tensors lie in memory as those did, and starts the same kernels on them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,55 +15,65 @@ from torch import Tensor
 from mowe_kernels import attention
 from mowe_kernels.csrc.launch import Program
 from mowe_kernels.triton import varlen_attention
-from mowe_kernels.triton._launch import current_stream, forget_by, hooked, remembered
+from mowe_kernels.triton._launch import alike, current_stream, forget_by, hooked, remembered
 from mowe_kernels.triton._repeat import noted
 
 # Of rows whose layers are repeated (our choice). Where there are more, the GPU takes longer than the host does, and the
 # first time, when temporaries all live at once, would take memory for nothing: eleven times that of the rows in a
 # forward, six in the ones after it, and in a backward several times as much.
 MOST_BYTES = {"forward": 2**26, "backward": 2**24}
-MOST_KEPT, MOST_ALIKE = 256, 4  # keys; programs of a key, for tensors that lie otherwise than those of the others
+MOST_KEPT, MOST_ALIKE = 1024, 4  # keys; programs of a key, for tensors that lie otherwise than those of the others
 _kept: dict[tuple, list[Program]] = {}  # none for a key: to be computed part by part
 forget_by(_kept.clear)
 
 
-def again(direction: str, asked: Any, how: tuple[Any, ...], inputs: list[Tensor]) -> Sequence[Tensor]:
-    """The results, where the launches that lead to them are known; nothing where they are not.
+class Asked(NamedTuple):
+    """A layer's results that are wanted.
 
-    direction: "forward" or "backward". asked: all that results depend on beside `how` and the inputs. how: host bound
-    of the lengths, heads, pre_norm, eps, equal_lengths. inputs: all tensors that are read, of which x, group_offsets
-    and cu_seqlens are the first.
+    direction: "forward" or "backward". what: all that results depend on beside what is named here. how: host bound of
+    the lengths, heads, pre_norm, eps, equal_lengths. of_batch: tensors that are read with as many rows as x [R, D], the
+    first. others: all others that are read, of which group_offsets and cu_seqlens are the first.
     """
-    programs, device = _kept.get(_key(direction, asked, how, inputs)), inputs[0].get_device()
-    if not programs or not _launches(device) or not _attends(direction, how, inputs[0]):
+
+    direction: str
+    what: Any
+    how: tuple[Any, ...]
+    of_batch: list[Tensor]
+    others: list[Tensor]
+
+
+def again(asked: Asked) -> Sequence[Tensor]:
+    """The results, where the launches that lead to them are known; nothing where they are not."""
+    programs, device = _kept.get(_key(asked)), asked.of_batch[0].get_device()
+    if not programs or not _launches(device) or not _attends(asked):
         return ()
-    stream = current_stream(device)
+    inputs, stream = [*asked.of_batch, *asked.others], current_stream(device)
     for program in programs:
         if results := program(inputs, stream):
             return results
     return ()
 
 
-def computed(
-    compute: Callable[[], tuple[Tensor, ...]], direction: str, asked: Any, how: tuple[Any, ...], inputs: list[Tensor]
-) -> tuple[Tensor, ...]:
+def computed(compute: Callable[[], tuple[Tensor, ...]], asked: Asked) -> tuple[Tensor, ...]:
     """What `compute` gives; its launches are kept for the next layer, if they can be made again.
 
-    compute: launches our kernels and those of attention, nothing else. The rest as for `again`.
+    compute: launches our kernels and those of attention, nothing else.
     """
-    x, key = inputs[0], _key(direction, asked, how, inputs)
+    direction, _, (_, heads, *_), of_batch, others = asked
+    x, inputs, key = of_batch[0], (*of_batch, *others), _key(asked)
     programs = _kept.get(key)
     if (
         x.nbytes > MOST_BYTES[direction]
+        or x.shape[0] in (0, heads)  # of sums of exponentials [heads, R], the axis of the rows could not be told
         or (programs is not None and not 0 < len(programs) < MOST_ALIKE)
         or not _launches(x.get_device())
         or len({tensor.device for tensor in inputs}) > 1
         or not all(tensor.is_contiguous() for tensor in inputs)  # else they are copied before they are read
-        or not _attends(direction, how, x)
+        or not _attends(asked)
     ):
         return compute()
     try:
-        results, program = noted(inputs, compute)
+        results, program = noted(of_batch, others, compute, None if direction == "forward" else 1)
     except torch.OutOfMemoryError:  # meanwhile no temporary makes room for another
         return compute()
     if program is not None:
@@ -75,13 +85,13 @@ def computed(
     return results
 
 
-def _key(direction: str, asked: Any, how: tuple[Any, ...], inputs: list[Tensor]) -> tuple[Any, ...]:
+def _key(asked: Asked) -> tuple[Any, ...]:
     """What tells layers and batches apart whose launches differ; a program itself sees that all else is as it was."""
-    x, group_offsets, cu_seqlens = inputs[:3]
-    _, heads, pre_norm, eps, _ = how
+    direction, what, (_, heads, pre_norm, eps, _), (x, *_), (group_offsets, cu_seqlens, *_) = asked
+    rows, d = x.shape
     aligned = group_offsets.data_ptr() % 16 == 0, cu_seqlens.data_ptr() % 16 == 0  # they are parts of the plan's
-    types = x.dtype, group_offsets.dtype, *aligned, x.get_device()
-    return direction, asked, heads, pre_norm, eps, x.shape, group_offsets.shape, cu_seqlens.shape, *types
+    sizes = alike(rows), d, group_offsets.shape, cu_seqlens.shape
+    return direction, what, heads, pre_norm, eps, *sizes, x.dtype, group_offsets.dtype, *aligned, x.get_device()
 
 
 def _launches(device: int) -> bool:
@@ -89,10 +99,10 @@ def _launches(device: int) -> bool:
     return device >= 0 and device == torch.cuda.current_device() and not hooked()
 
 
-def _attends(direction: str, how: tuple[Any, ...], x: Tensor) -> bool:
+def _attends(asked: Asked) -> bool:
     """Whether attention is computed by our own kernel, to which no length matters, and not by what launches others."""
-    max_seqlen, heads, _, _, equal_lengths = how
-    return _chosen(direction, x.device, x.dtype, *x.shape, max_seqlen, heads, equal_lengths)
+    (max_seqlen, heads, _, _, equal_lengths), x = asked.how, asked.of_batch[0]
+    return _chosen(asked.direction, x.device, x.dtype, *x.shape, max_seqlen, heads, equal_lengths)
 
 
 @remembered

@@ -1,5 +1,5 @@
-"""Launches that can be made again with other tensors, as those of a layer of an encoder are for the next: all that the
-host does between them is done once.
+"""Launches that can be made again with other tensors, as those of a layer of an encoder are for the next one and for
+batches of other lengths: all that the host does between them is done once.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mowe_kernels.csrc import launch
-from mowe_kernels.csrc.launch import Address, Program
-from mowe_kernels.triton._launch import cdiv, noting
-from mowe_kernels.triton._parameters import as_launch
+from mowe_kernels.csrc.launch import OF_BATCH, Address, Layout, Program
+from mowe_kernels.triton._launch import alike, cdiv, noting
+from mowe_kernels.triton._parameters import Places, as_launch
 
 ALIGNMENT = 256  # bytes, between temporaries: more than any kernel asks for
 MOST_BYTES = 2**29  # of temporaries: they are one piece of memory, hard to find where little is left (our choice)
@@ -42,29 +42,56 @@ def laid_out(temporaries: Sequence[Temporary]) -> list[int]:
 
 
 def noted(
-    inputs: Sequence[Tensor], compute: Callable[[], tuple[Tensor, ...]]
+    of_batch: Sequence[Tensor],
+    others: Sequence[Tensor],
+    compute: Callable[[], tuple[Tensor, ...]],
+    results_of_batch: int | None = None,
 ) -> tuple[tuple[Tensor, ...], Program | None]:
     """The results of `compute`, which does nothing but launch kernels, and how to repeat that with other inputs of the
-    same sizes, types and alignments, temporaries lying over one another where no launch sees both.
+    same types, alignments and sizes, but for the number of rows, which may be another that is `alike`. Temporaries lie
+    over one another where no launch sees both.
 
+    of_batch, others: inputs that have as many rows as the batch, and those that do not; the rows are the first axis of
+    the first one, and in the others the first axis of that size. results_of_batch: how many of the results, from the
+    first on, have these rows; all without. Memory of temporaries is to grow no faster than the number of rows.
     None where it cannot be: there is no compiled library, an argument is neither a tensor, the descriptor of one that
     was seen, a number nor left out, two of the tensors begin at one address, temporaries take too much memory, or a
     kernel is not started by its arguments alone.
     """
     with noting() as launches:
         results = compute()
-    given = (*inputs, *(result for result in results if result.numel()))
-    places = {tensor.data_ptr(): Address(place) for place, tensor in enumerate(given)}
-    temporaries = _temporaries([args for _, _, args in launches], places)
-    if len(places) < len(given) or temporaries is None or not launch.available():
+    rows = of_batch[0].shape[0]
+    given = (*of_batch, *others, *(result for result in results if result.numel()))
+    addresses = {tensor.data_ptr(): Address(place) for place, tensor in enumerate(given)}
+    temporaries = _temporaries([args for _, _, args in launches], addresses)
+    if len(addresses) < len(given) or temporaries is None or not launch.available():
         return results, None
-    offsets = laid_out([*temporaries.values()])
-    size = max((offset + each.size for offset, each in zip(offsets, temporaries.values(), strict=True)), default=0)
-    places |= {address: Address(len(given), offset) for address, offset in zip(temporaries, offsets, strict=True)}
-    steps = [as_launch(*launched, places) for launched in launches]
+    most_rows = alike(rows)
+    sized = [each._replace(size=_aligned(cdiv(each.size * most_rows, rows))) for each in temporaries.values()]
+    offsets = laid_out(sized)
+    size = max((offset + each.size for offset, each in zip(offsets, sized, strict=True)), default=0)
+    moving, still = results[:results_of_batch], () if results_of_batch is None else results[results_of_batch:]
+    others_at = frozenset(tensor.data_ptr() for tensor in (*others, *still))
+    addresses |= {at: Address(len(given), offset) for at, offset in zip(temporaries, offsets, strict=True)}
+    steps = [as_launch(*launched, Places(rows, addresses, others_at)) for launched in launches]
     if size > MOST_BYTES or None in steps:
         return results, None
-    return results, Program(steps, inputs, results, size)
+    inputs, outputs = (
+        [*(_layout(tensor, rows) for tensor in with_rows), *map(_layout, without)]
+        for with_rows, without in ((of_batch, others), (moving, still))
+    )
+    return results, Program(steps, inputs, outputs, most_rows, size, of_batch[0].get_device())
+
+
+def _aligned(size: int) -> int:
+    return cdiv(size, ALIGNMENT) * ALIGNMENT
+
+
+def _layout(tensor: Tensor, rows: int | None = None) -> Layout:
+    shape = list(tensor.shape)
+    if rows is not None and tensor.numel():
+        shape[shape.index(rows)] = OF_BATCH
+    return Layout(tuple(shape), tensor.dtype, tensor.data_ptr() % 16 == 0)
 
 
 def _temporaries(launches: Sequence[Sequence[Any]], places: dict[int, Address]) -> dict[int, Temporary] | None:
@@ -85,6 +112,5 @@ def _temporaries(launches: Sequence[Sequence[Any]], places: dict[int, Address]) 
             elif described or arg.storage_offset() or address % 16:
                 return None
             else:
-                size = cdiv(arg.untyped_storage().nbytes(), ALIGNMENT) * ALIGNMENT
-                found[address] = Temporary(size, step, step)
+                found[address] = Temporary(_aligned(arg.untyped_storage().nbytes()), step, step)
     return found

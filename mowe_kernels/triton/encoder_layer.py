@@ -10,21 +10,22 @@ from torch import Tensor
 
 from mowe_kernels.reference import encoder_layer as reference
 from mowe_kernels.triton import _layers
+from mowe_kernels.triton._layers import Asked
 
 _FC1 = 8  # its weight among the parameters, which tells encoders of one width apart
 
 
 def forward(parts: reference.Parts, *given: Any) -> Sequence[Tensor]:
     """As the reference."""
-    about = _about(*given)
-    return _layers.again(*about) or _layers.computed(partial(reference.forward, parts, *given), *about)
+    asked = _asked(*given)
+    return _layers.again(asked) or _layers.computed(partial(reference.forward, parts, *given), asked)
 
 
 def again(*given: Any) -> Sequence[Tensor]:
     """As `forward`, but nothing where its launches are not known. It needs no check: it takes nothing but the like of
     tensors that were checked.
     """
-    return _layers.again(*_about(*given))
+    return _layers.again(_asked(*given))
 
 
 def backward(
@@ -40,12 +41,13 @@ def backward(
 ) -> Sequence[Tensor]:
     """As the reference."""
     compute = partial(reference.backward, parts, needs, grad, x, parameters, group_offsets, cu_seqlens, saved, *how)
-    inputs = [x, group_offsets, cu_seqlens, *parameters, grad, *saved]
-    about = "backward", (needs, parameters[_FC1].shape), how, inputs
-    return _layers.again(*about) or _layers.computed(compute, *about)
+    what, others = (needs, parameters[_FC1].shape), [group_offsets, cu_seqlens, *parameters]
+    asked = Asked("backward", what, how, [x, grad, *saved], others)
+    return _layers.again(asked) or _layers.computed(compute, asked)
 
 
-def _about(
+def _asked(
     saves: bool, x: Tensor, parameters: Sequence[Tensor], group_offsets: Tensor, cu_seqlens: Tensor, *how: Any
-) -> tuple[str, Any, tuple, list[Tensor]]:
-    return "forward", (saves, parameters[_FC1].shape), how, [x, group_offsets, cu_seqlens, *parameters]
+) -> Asked:
+    what, others = (saves, parameters[_FC1].shape), [group_offsets, cu_seqlens, *parameters]
+    return Asked("forward", what, how, [x], others)

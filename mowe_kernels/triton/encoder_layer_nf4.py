@@ -10,32 +10,33 @@ from torch import Tensor
 
 from mowe_kernels.reference import encoder_layer_nf4 as reference
 from mowe_kernels.triton import _layers
+from mowe_kernels.triton._layers import Asked
 from mowe_kernels.triton.grouped_linear_nf4 import code
 
 
 def forward(parts: reference.Parts, *given: Any) -> Sequence[Tensor]:
     """As the reference."""
-    about = _about(*given)
-    return _layers.again(*about) or _layers.computed(partial(reference.forward, parts, *given), *about)
+    asked = _asked(*given)
+    return _layers.again(asked) or _layers.computed(partial(reference.forward, parts, *given), asked)
 
 
 def again(*given: Any) -> Sequence[Tensor]:
     """As `forward`, but nothing where its launches are not known. It needs no check: it takes nothing but the like of
     tensors that were checked.
     """
-    return _layers.again(*_about(*given))
+    return _layers.again(_asked(*given))
 
 
-def _about(
+def _asked(
     x: Tensor,
     parameters: Sequence[Tensor],
     matrices: Sequence[reference.Matrix],
     group_offsets: Tensor,
     cu_seqlens: Tensor,
     *how: Any,
-) -> tuple[str, Any, tuple, list[Tensor]]:
-    inputs, sizes = [x, group_offsets, cu_seqlens, code(x.device), *parameters], []
+) -> Asked:
+    others, sizes = [group_offsets, cu_seqlens, code(x.device), *parameters], []
     for *tensors, of_matrix in matrices:
-        inputs += [tensor for tensor in tensors if tensor.numel()]  # else there are no scales of the scales
+        others += [tensor for tensor in tensors if tensor.numel()]  # else there are no scales of the scales
         sizes += of_matrix
-    return "forward", ("nf4", len(inputs), *sizes), how, inputs
+    return Asked("forward", ("nf4", len(others), *sizes), how, [x], others)

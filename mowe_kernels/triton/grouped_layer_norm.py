@@ -14,6 +14,8 @@ from mowe_kernels.triton._compilation import Compilation
 from mowe_kernels.triton._device import find_tile, gelu, gelu_grad
 from mowe_kernels.triton._launch import (
     Launch,
+    Programs,
+    alike,
     cdiv,
     check_dtypes,
     contiguous,
@@ -71,7 +73,7 @@ def grouped_layer_norm_fwd_kernel(
 
 
 # p_grad, p_x, p_residual, p_grad_x: [R, D]. p_weight, p_bias: [E, D]. p_offsets: int32 [E+1].
-# p_parts: fp32 [2, R // chunk + E, D].
+# p_parts: fp32 [R // chunk + E, 2, D].
 @triton.jit(do_not_specialize=["chunk"], do_not_specialize_on_alignment=["p_offsets"])
 def grouped_layer_norm_bwd_kernel(
     p_grad,
@@ -123,20 +125,19 @@ def grouped_layer_norm_bwd_kernel(
                 grad_x += tl.load(p_residual + at, mask=there, other=0.0).to(tl.float32)
             tl.store(p_grad_x + at, grad_x.to(p_grad_x.dtype.element_ty), mask=there)
     if p_parts is not None:
-        part = p_parts + tl.program_id(0) * D + cols
+        part = p_parts + tl.program_id(0) * 2 * D + cols
         tl.store(part, tl.sum(grad_weight, 0), mask=cols < D)
-        tl.store(part + tl.num_programs(0) * D, tl.sum(grad_bias, 0), mask=cols < D)
+        tl.store(part + D, tl.sum(grad_bias, 0), mask=cols < D)
 
 
-# p_parts: fp32 [2, R // chunk + E, D]. p_offsets: int32 [E+1]. p_grad_weight, p_grad_bias: [E, D].
-@triton.jit(do_not_specialize=["chunk", "num_parts"], do_not_specialize_on_alignment=["p_offsets"])
+# p_parts: fp32 [R // chunk + E, 2, D]. p_offsets: int32 [E+1]. p_grad_weight, p_grad_bias: [E, D].
+@triton.jit(do_not_specialize=["chunk"], do_not_specialize_on_alignment=["p_offsets"])
 def grouped_layer_norm_bwd_reduce_kernel(
     p_parts,
     p_offsets,
     p_grad_weight,
     p_grad_bias,
     chunk,
-    num_parts,
     D: tl.constexpr,
     PARTS: tl.constexpr,
     COLS: tl.constexpr,
@@ -153,9 +154,9 @@ def grouped_layer_norm_bwd_reduce_kernel(
     for part in range(first, last, PARTS):
         parts = part + tl.arange(0, PARTS)
         there = (parts < last)[:, None] & (cols < D)[None, :]
-        at = parts[:, None] * D + cols[None, :]
+        at = parts[:, None] * 2 * D + cols[None, :]
         grad_weight += tl.load(p_parts + at, mask=there, other=0.0)
-        grad_bias += tl.load(p_parts + num_parts * D + at, mask=there, other=0.0)
+        grad_bias += tl.load(p_parts + D + at, mask=there, other=0.0)
     at = group * D + cols
     tl.store(p_grad_weight + at, tl.sum(grad_weight, 0).to(p_grad_weight.dtype.element_ty), mask=cols < D)
     tl.store(p_grad_bias + at, tl.sum(grad_bias, 0).to(p_grad_bias.dtype.element_ty), mask=cols < D)
@@ -167,7 +168,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, group_offsets: Tensor, eps:
     out = torch.empty_like(x)
     (rows, d), experts = x.shape, weight.shape[0]
     start, block_rows = _forward_launch(experts, d, activation == "gelu")
-    start(rows // block_rows + experts if rows else 0, x, weight, bias, group_offsets, out, eps)
+    start(Programs(rows, block_rows, experts) if rows else 0, x, weight, bias, group_offsets, out, eps)
     return out
 
 
@@ -203,11 +204,11 @@ def backward(
     grad_weight, grad_bias = (torch.empty_like(p) if need_parameters else nothing for p in (weight, bias))
     block_rows, block_cols = _block(d)
     programs = BACKWARD_PROGRAMS_PER_SM * hardware(x.device).num_sms
-    chunk = setting("layer_norm_chunk", max(1, cdiv(rows, programs * block_rows)) * block_rows)
-    num_parts = rows // chunk + experts
-    parts = x.new_empty(2, num_parts, d, dtype=torch.float32) if need_parameters else None
+    most_rows = alike(rows)
+    chunk = setting("layer_norm_chunk", max(1, cdiv(most_rows, programs * block_rows)) * block_rows)
+    parts = x.new_empty(most_rows // chunk + experts, 2, d, dtype=torch.float32) if need_parameters else None
     launch(
-        grouped_layer_norm_bwd_kernel, num_parts if rows else 0,
+        grouped_layer_norm_bwd_kernel, Programs(rows, chunk, experts) if rows else 0,
         grad, x, weight, bias, group_offsets, residual, grad_x if need_x else None, parts, eps, chunk,
         E=experts, BE=next_power_of_2(experts), D=d, GELU=activation == "gelu",
         BM=block_rows, BD=block_cols, num_warps=BACKWARD_WARPS, num_stages=1,
@@ -215,7 +216,7 @@ def backward(
     if need_parameters:
         launch(
             grouped_layer_norm_bwd_reduce_kernel, experts * cdiv(d, REDUCE_COLS),
-            parts, group_offsets, grad_weight, grad_bias, chunk, num_parts,
+            parts, group_offsets, grad_weight, grad_bias, chunk,
             D=d, PARTS=REDUCE_PARTS, COLS=REDUCE_COLS, num_warps=4, num_stages=2,
         )  # fmt: skip
     return grad_x, grad_weight, grad_bias

@@ -15,7 +15,9 @@ from mowe_kernels.triton._descriptors import operands, worth_describing
 from mowe_kernels.triton._launch import (
     Hardware,
     Launch,
+    Programs,
     Tuning,
+    alike,
     cdiv,
     check_dtypes,
     contiguous,
@@ -154,13 +156,13 @@ def gemm(
     """
     rows, k = a.shape
     experts, n = weight.shape[0], out.shape[1]
-    tile, described = _gemm_choice(a.device, a.dtype, rows, n, k, transposed)
+    tile, described = _gemm_choice(a.device, a.dtype, alike(rows), n, k, transposed)
     matrices, tma = (a, weight), False
     if described:
         block = (tile.depth, tile.cols) if transposed else (tile.cols, tile.depth)
         matrices, tma = operands((a, (tile.rows, tile.depth)), (weight, block))
     start = _gemm_launch(tile, tma, a.itemsize, experts, n, k, transposed, gelu)
-    programs = (rows // tile.rows + experts) * cdiv(n, tile.cols) if rows else 0
+    programs = Programs(rows, tile.rows, experts, cdiv(n, tile.cols)) if rows else 0
     start(programs, *matrices, bias, group_offsets, residual, scale, through, pre, out)
 
 
@@ -202,12 +204,13 @@ def wgrad(
     tile = setting("wgrad_tile", newest(WGRAD_TILES, device, g.dtype), device, f"{8 * g.itemsize} bits")
     tiles = cdiv(n, tile.rows) * (need_weight * cdiv(k, tile.cols) + need_bias)
     chunks = cdiv(WGRAD_PROGRAMS_PER_SM * device.num_sms, tiles)
-    chunk = setting("wgrad_chunk", max(cdiv(rows, chunks), WGRAD_MIN_CHUNK))
-    parts = 2 * rows // chunk if chunk < rows else 0
+    most_rows = alike(rows)
+    chunk = setting("wgrad_chunk", max(cdiv(most_rows, chunks), WGRAD_MIN_CHUNK))
+    parts = 2 * most_rows // chunk if chunk < most_rows else 0
     weight_parts = g.new_empty(parts, n, k, dtype=torch.float32) if need_weight else None
     bias_parts = g.new_empty(parts, n, dtype=torch.float32) if need_bias else None
     launch(
-        _gemm.grouped_wgrad_kernel, (rows // chunk + experts) * tiles,
+        _gemm.grouped_wgrad_kernel, Programs(rows, chunk, experts, tiles),
         g, x, group_offsets, grad_weight if need_weight else None, grad_bias if need_bias else None,
         weight_parts, bias_parts, chunk,
         E=experts, BE=next_power_of_2(experts), N=n, K=k, BM=tile.depth, BN=tile.rows, BK=tile.cols,
@@ -235,7 +238,7 @@ def _through_epilogue(
     """out [R, N] = grad * scale * act'(pre), grad_scale [R] = the sums of grad * act(pre)."""
     rows, n = grad.shape
     launch(
-        _gemm.through_epilogue_kernel, cdiv(rows, EPILOGUE_ROWS),
+        _gemm.through_epilogue_kernel, Programs(rows, EPILOGUE_ROWS, 1) if rows else 0,
         grad, pre if pre.numel() else None, scale, group_offsets[-1:], out, grad_scale,
         N=n, GELU=activation == "gelu", BM=EPILOGUE_ROWS, BN=min(256, next_power_of_2(n)),
         num_warps=8, num_stages=3,

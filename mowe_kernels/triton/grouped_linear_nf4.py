@@ -16,6 +16,7 @@ from mowe_kernels.triton._compilation import Compilation
 from mowe_kernels.triton._device import add_product, find_tile
 from mowe_kernels.triton._gemm import finish, load_block
 from mowe_kernels.triton._launch import (
+    Programs,
     Tuning,
     cdiv,
     check_dtypes,
@@ -60,7 +61,7 @@ def forward(
     out = x.new_empty(rows, n)
     tile = setting("nf4_tile", TILE, hardware(x.device), f"{8 * x.itemsize} bits")
     launch(
-        grouped_gemm_nf4_kernel, (rows // tile.rows + experts) * cdiv(n, tile.cols) if rows else 0,
+        grouped_gemm_nf4_kernel, Programs(rows, tile.rows, experts, cdiv(n, tile.cols)) if rows else 0,
         x, codes, code(x.device), absmax, *nested, bias, group_offsets, residual, out,
         E=experts, BE=next_power_of_2(experts), N=n, K=k, BLOCKSIZE=blocksize, NESTED_BLOCKSIZE=NESTED_BLOCKSIZE,
         GELU=activation == "gelu", BM=tile.rows, BN=tile.cols, BK=tile.depth,

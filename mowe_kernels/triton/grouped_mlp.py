@@ -15,7 +15,9 @@ from mowe_kernels.triton._descriptors import operands, worth_describing
 from mowe_kernels.triton._launch import (
     Hardware,
     Launch,
+    Programs,
     Tuning,
+    alike,
     check_dtypes,
     contiguous,
     hardware,
@@ -66,7 +68,7 @@ def forward(
     )
     (rows, d), (experts, f, _) = x.shape, fc1_weight.shape
     out = torch.empty_like(x)
-    block, described = _choice(x.device, x.dtype, rows, d, f)
+    block, described = _choice(x.device, x.dtype, alike(rows), d, f)
     if block is None:
         h = _normed(x, norm_weight, norm_bias, group_offsets, eps)
         hidden = x.new_empty(rows, f)
@@ -78,7 +80,7 @@ def forward(
         blocks = (block.hidden, block.cols), (block.cols, block.hidden)
         (fc1, fc2), tma = operands((fc1_weight, blocks[0]), (fc2_weight, blocks[1]))
     start = _fused_launch(block, tma, x.itemsize, experts, d, f)
-    programs = rows // block.rows + experts if rows else 0
+    programs = Programs(rows, block.rows, experts) if rows else 0
     start(programs, x, norm_weight, norm_bias, fc1, fc1_bias, fc2, fc2_bias, group_offsets, out, eps)
     return out
 

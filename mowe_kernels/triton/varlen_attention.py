@@ -16,6 +16,7 @@ from mowe_kernels.triton._launch import (
     COMPUTES_IN,
     Hardware,
     Launch,
+    Programs,
     Tuning,
     check_dtypes,
     contiguous,
@@ -131,7 +132,7 @@ def _start(name: str, pointers: tuple, qkv: Tensor, cu_seqlens: Tensor, scale: f
         raise ValueError(f"varlen_attention: the Triton kernels take a positive scale, got {scale}")
     sequences = cu_seqlens.shape[0] - 1
     start, tile = _launch_of(name, qkv.device, qkv.dtype, heads, head_dim)
-    start((rows // tile + sequences) * heads if sequences else 0, *pointers, rows, sequences, scale)
+    start(Programs(rows, tile, sequences, heads) if sequences else 0, *pointers, rows, sequences, scale)
 
 
 @remembered

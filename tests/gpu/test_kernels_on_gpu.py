@@ -224,14 +224,15 @@ def test_peak_memory(op, floats):
 @pytest.mark.parametrize("tma_products", [TMA_PRODUCTS, 0], ids=["addresses", "descriptors"])
 @pytest.mark.parametrize("pre_norm", [True, False], ids=["before", "after"])
 def test_a_repeated_layer_gives_what_its_parts_do(monkeypatch, pre_norm, tma_products):
-    """The layers of a batch after the first are launched by addresses alone, forward and backward."""
-    rows, d, hidden, encoders = bounds(zeros(0, 1)), 384, 1536, 2
+    """The layers after the first are launched by addresses alone, forward and backward, with other numbers of rows."""
+    d, hidden, encoders = 384, 1536, 2
     narrow, wide = (encoders, d), [(encoders, 3 * d, d), (encoders, 3 * d), (encoders, d, d)]
     shapes = [narrow, narrow, *wide, narrow, narrow, narrow]
     shapes += [(encoders, hidden, d), (encoders, hidden), (encoders, d, hidden), narrow]
 
     def results(x: Tensor, parameters: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
         with use_backend("triton"):
+            rows = bounds(x)
             layer = partial(mk.encoder_layer, group_offsets=rows, cu_seqlens=rows.clone(), max_seqlen=LAST, heads=6)
             out = layer(x, mk.LayerParameters(*parameters), pre_norm=pre_norm)
             grads = torch.autograd.grad(out, [x, *parameters], grad)
@@ -241,8 +242,9 @@ def test_a_repeated_layer_gives_what_its_parts_do(monkeypatch, pre_norm, tma_pro
     # Else a table that finds another library's attention faster leaves nothing to repeat.
     monkeypatch.setattr(attention_of_device, "choose", lambda *args: varlen_attention)
     with override(tma_products=tma_products):  # which begins and ends with nothing kept
-        for _ in range(3):
-            x, grad, *parameters = (random(*shape).requires_grad_() for shape in ((LAST, d), (LAST, d), *shapes))
+        for more in (4, 0, 12):
+            packed = LAST + more, d
+            x, grad, *parameters = (random(*shape).requires_grad_() for shape in (packed, packed, *shapes))
             repeated = results(x, parameters, grad.detach())
             with monkeypatch.context() as patch:
                 patch.setattr(_layers, "MOST_BYTES", dict.fromkeys(_layers.MOST_BYTES, 0))

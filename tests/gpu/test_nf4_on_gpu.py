@@ -63,9 +63,8 @@ def test_all_matrices_for_the_encoders_in_use_without_a_sync():
 @pytest.mark.skipif(not csrc.available(), reason="the compiled library was not built")
 @pytest.mark.parametrize("pre_norm", [True, False], ids=["before", "after"])
 def test_a_repeated_layer_gives_what_its_parts_do(monkeypatch, pre_norm):
-    """The layers after the first are launched again, without waiting for the device."""
-    d, hidden, encoders, count = 384, 1536, 3, 150
-    offsets = torch.tensor([0, 70, 70, count], dtype=torch.int32, device="cuda")
+    """The layers after the first are launched again, without waiting for the device, with other numbers of rows."""
+    d, hidden, encoders = 384, 1536, 3
 
     def layer() -> Nf4LayerParameters:
         widths = d, d, 3 * d, d, d, d, hidden, d
@@ -77,8 +76,9 @@ def test_a_repeated_layer_gives_what_its_parts_do(monkeypatch, pre_norm):
     # Else a table that finds another library's attention faster leaves nothing to repeat.
     monkeypatch.setattr(attention_of_device, "choose", lambda *args: varlen_attention)
     with use_backend("triton"), override():  # which begins and ends with nothing kept
-        for number in range(3):
+        for number, count in enumerate((150, 160, 131)):
             parameters, x = layer(), torch.randn(count, d, dtype=torch.bfloat16, device="cuda")
+            offsets = torch.tensor([0, 70, 70, count], dtype=torch.int32, device="cuda")
             call = partial(
                 encoder_layer_nf4, x, parameters, offsets, offsets.clone(), count, heads=6, pre_norm=pre_norm
             )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mowe_kernels import csrc
-from mowe_kernels.csrc.launch import Program, parameter_sizes
+from mowe_kernels.csrc.launch import OF_BATCH, Layout, Program, parameter_sizes
 from tests.mowe_kernels.triton.no_gpu import needs_compiler, printed_by
 
 SCRIPT = """
@@ -15,7 +15,7 @@ import threading
 import torch
 from mowe_kernels.triton import _gemm, _launch
 from mowe_kernels.triton._descriptors import operands
-from mowe_kernels.triton._launch import Launch
+from mowe_kernels.triton._launch import Launch, Programs
 from mowe_kernels.triton._repeat import noted
 
 x, weight = torch.zeros(64, 64, dtype=torch.bfloat16), torch.zeros(2, 64, 64, dtype=torch.bfloat16)
@@ -27,13 +27,13 @@ inputs = [x, weight, offsets]
 
 def note():
     def compute():
-        gemm._start(0, 5, (a, w, None, offsets, None, None, None, None, out))
+        gemm._start(0, Programs(64, 16, 1), (a, w, None, offsets, None, None, None, None, out))
         return (out,)
-    return noted(inputs, compute)[1]
+    return noted(inputs[:1], inputs[1:], compute)[1]
 
-def made():
+def made(programs=5):
     (launch,) = started()
-    assert launch.programs == 5
+    assert launch.programs == programs
     return [value if isinstance(value, int) else value[:2] for value in launch.parameters]
 
 again = note()
@@ -43,11 +43,20 @@ parameters = made()
 assert parameters == [*by_triton[:-3], result.data_ptr(), 0, 0]
 assert (result.shape, result.dtype) == (out.shape, out.dtype)
 
+# Fewer rows, in the descriptor and what goes with it too; the numbers of all that has no rows stay.
+fewer = x[:57]
+(result,) = again([fewer, *inputs[1:]], 7)
+assert result.shape == fewer.shape
+(a, _), _ = operands((fewer, (64, 32)), (weight, (64, 32)))
+gemm._start(0, Programs(57, 16, 1), (a, w, None, offsets, None, None, None, None, result))
+again_by_triton, by_triton_again = [launch._replace(parameters=launch.parameters[:-2]) for launch in started()]
+assert again_by_triton == by_triton_again and again_by_triton.programs == 4
+
 # Other inputs are told from those: by number, sizes, type, alignment and strides.
-flat = torch.zeros(5000, dtype=torch.bfloat16)
-for other in (x[:63], x.half(), flat[1:4097].view(64, 64), x.T, x[None]):
+flat = torch.zeros(9000, dtype=torch.bfloat16)
+for other in (flat[:4160].view(65, 64), x[:, :32], x.half(), flat[1:4097].view(64, 64), x.T, x[None], x[0, 0]):
     assert again([other, *inputs[1:]], 7) == []
-assert again(inputs[:2], 7) == [] and not started()
+assert again([x, weight[:1], offsets], 7) == again(inputs[:2], 7) == [] and not started()
 
 # A thread in which nobody has used the device yet.
 failed = []
@@ -77,21 +86,23 @@ assert note() is None
 NEWER = """
 import ctypes
 import torch
-from mowe_kernels.csrc.launch import Address, Launch, Matrix, Program, Value, available
+from mowe_kernels.csrc.launch import Address, Launch, Layout, Matrix, Program, Rows, Value, available
 from tests.mowe_kernels.triton.no_gpu import _sizes
 
 assert available()
 fake().fake_version(13020)
 fake().cuCtxSetCurrent(ctypes.c_void_p(1))
-_sizes[1] = [128, 4]
-fake().fake_parameters(ctypes.c_uint64(1), 2, (ctypes.c_size_t * 2)(128, 4))
+_sizes[1] = [128, 4, 8]
+fake().fake_parameters(ctypes.c_uint64(1), 3, (ctypes.c_size_t * 3)(128, 4, 8))
 matrix = Matrix(Address(1, 256), type=9, swizzle=3, itemsize=2, shape=(64, 32), block=(16, 8))
 x, out = torch.zeros(3), torch.zeros(0, 2, dtype=torch.float16)
-program = Program([Launch(1, 2, 64, 1024, (matrix, Value(2**32 - 1, 4)))], [x, x], [out], 0)
+like_x, like_out = Layout((3,), x.dtype), Layout((0, 2), out.dtype)
+launch = Launch(1, 2, 0, 2, 64, 1024, (matrix, Value(2**32 - 1, 4), Rows(8)))
+program = Program([launch], [like_x, like_x], [like_out], 3, 0, -1)
 (result,) = program([x, x], 7)
 assert (result.shape, result.dtype) == (out.shape, out.dtype)
 (launch,) = started()
-assert launch[:5] == (1, 2, 64, 1024, 7) and launch.parameters[1] == 2**32 - 1
+assert launch[:5] == (1, 2, 64, 1024, 7) and launch.parameters[1:] == (2**32 - 1, 3)
 assert launch.parameters[0] == (x.data_ptr() + 256, 2**32 - 2**16 + 9, 2, 32, 64, 64, 8, 16, 1, 1, 0, 3, 2, 0, 0, 0)
 """
 
@@ -119,7 +130,8 @@ def test_without_a_driver_nobody_knows_a_kernels_parameters():
 @pytest.mark.skipif(not csrc.available(), reason="the compiled library was not built")
 def test_without_room_torchs_own_error_is_raised():
     x = torch.zeros(3)
-    (result,) = Program([], [x], [x], 0)([x], 0)
+    like_x = Layout((OF_BATCH,), x.dtype)
+    (result,) = Program([], [like_x], [like_x], 3, 0, -1)([x], 0)
     assert result.shape == x.shape
     with pytest.raises(torch.OutOfMemoryError, match="out of memory for the results and temporaries of a layer"):
-        Program([], [x], [x], 2**62)([x], 0)
+        Program([], [like_x], [like_x], 3, 2**62, -1)([x], 0)
