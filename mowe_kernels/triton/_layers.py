@@ -116,6 +116,11 @@ def _chosen(
     heads: int,
     equal_lengths: bool,
 ) -> bool:
-    like = torch.empty((), device=device, dtype=dtype).expand(rows, 3, heads, d // heads)
-    scale = (d // heads) ** -0.5
-    return attention.choose(direction, like, max_seqlen, scale, equal_lengths) is varlen_attention
+    qkv, scale = _number(device, dtype).expand(rows, 3, heads, d // heads), (d // heads) ** -0.5
+    return attention.choose(direction, qkv, max_seqlen, scale, equal_lengths) is varlen_attention
+
+
+@remembered
+def _number(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """One for all, since every batch has another longest sequence, and its backend is looked for."""
+    return torch.empty((), device=device, dtype=dtype)
