@@ -67,45 +67,30 @@ def finish(
     )
 
 
-# a: [R, K], or its descriptor. w: [E, N, K], or [E, K, N] with TRANSPOSED, or its descriptor as a matrix of E * N
-# (E * K) rows. p_bias: [E, N]. p_offsets: int32 [E+1]. p_residual, p_through, p_pre, p_out: [R, N]. p_scale: [R].
-@triton.jit(do_not_specialize_on_alignment=["p_offsets"])
-def grouped_gemm_kernel(
-    a,
-    w,
-    p_bias,
-    p_offsets,
-    p_residual,
-    p_scale,
-    p_through,
-    p_pre,
-    p_out,
-    E: tl.constexpr,
-    BE: tl.constexpr,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    GELU: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    BAND: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    """out = scale * act(a @ w[e].T + bias[e]) * gelu'(through) + residual; pre is kept before the activation.
+@triton.jit
+def find_block(
+    number, num_rows, p_offsets, E: tl.constexpr, BE: tl.constexpr, N: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BAND: tl.constexpr,
+):  # fmt: skip
+    """(group, first row, one past the group's last row, first column) of a block of the products.
 
-    Tiles are walked in bands of BAND row tiles, within a band column by column, so that tiles that run together share
+    Blocks are walked in bands of BAND row tiles, within a band column by column, so that those computed together share
     rows and columns in the cache.
     """
     col_tiles: tl.constexpr = (N + BN - 1) // BN
-    row_tiles = tl.num_programs(0) // col_tiles
-    band = tl.program_id(0) // (BAND * col_tiles)
-    band_tiles = tl.minimum(row_tiles - band * BAND, BAND)
-    place = tl.program_id(0) % (BAND * col_tiles)
+    band = number // (BAND * col_tiles)
+    band_tiles = tl.minimum(num_rows // BM + E - band * BAND, BAND)
+    place = number % (BAND * col_tiles)
     group, row, stop = find_tile(p_offsets, band * BAND + place % band_tiles, BM, E, BE)
-    if row >= stop:
-        return
-    col = place // band_tiles * BN
+    return group, row, stop, place // band_tiles * BN
+
+
+@triton.jit
+def multiply_block(
+    a, w, p_bias, p_residual, p_scale, p_through, p_pre, p_out, group, row, stop, col, N: tl.constexpr,
+    K: tl.constexpr, TRANSPOSED: tl.constexpr, GELU: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     for k in range(0, K, BK):
         b_a = load_block(a, row, k, stop, K, BM, BK, TMA)
@@ -119,6 +104,57 @@ def grouped_gemm_kernel(
     for i in tl.static_range(4):
         at = col + i * (BN // 4)
         finish(quarters[i], p_bias, p_residual, p_scale, p_through, p_pre, p_out, group, row, stop, at, N, GELU)
+
+
+# a: [R, K], or its descriptor. w: [E, N, K], or [E, K, N] with TRANSPOSED, or its descriptor as a matrix of E * N
+# (E * K) rows. p_bias: [E, N]. p_offsets: int32 [E+1]. p_residual, p_through, p_pre, p_out: [R, N]. p_scale: [R].
+# num_rows: R.
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["p_offsets"])
+def grouped_gemm_kernel(
+    a,
+    w,
+    p_bias,
+    p_offsets,
+    p_residual,
+    p_scale,
+    p_through,
+    p_pre,
+    p_out,
+    num_rows,
+    E: tl.constexpr,
+    BE: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    GELU: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BAND: tl.constexpr,
+    TMA: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+):
+    """out = scale * act(a @ w[e].T + bias[e]) * gelu'(through) + residual; pre is kept before the activation.
+
+    A program computes one block or, with PERSISTENT, one after the other: the loop over both blocks and summands is one
+    loop to the compiler, so that the next block's first operands are under way while this one is finished.
+    """
+    if PERSISTENT:
+        blocks = (num_rows // BM + E) * ((N + BN - 1) // BN)
+        for number in tl.range(tl.program_id(0), blocks, tl.num_programs(0), flatten=True):
+            # One without rows is computed for nothing: a condition would keep the loops apart.
+            group, row, stop, col = find_block(number, num_rows, p_offsets, E, BE, N, BM, BN, BAND)
+            multiply_block(
+                a, w, p_bias, p_residual, p_scale, p_through, p_pre, p_out, group, row, stop, col, N, K, TRANSPOSED,
+                GELU, BM, BN, BK, TMA,
+            )  # fmt: skip
+    else:
+        group, row, stop, col = find_block(tl.program_id(0), num_rows, p_offsets, E, BE, N, BM, BN, BAND)
+        if row < stop:
+            multiply_block(
+                a, w, p_bias, p_residual, p_scale, p_through, p_pre, p_out, group, row, stop, col, N, K, TRANSPOSED,
+                GELU, BM, BN, BK, TMA,
+            )  # fmt: skip
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mowe_kernels.triton import _gemm
 from mowe_kernels.triton._compilation import Compilation
-from mowe_kernels.triton._descriptors import operands, worth_describing
+from mowe_kernels.triton._descriptors import TMA_SINCE, operands, worth_describing
 from mowe_kernels.triton._launch import (
     Hardware,
     Launch,
@@ -24,6 +24,7 @@ from mowe_kernels.triton._launch import (
     hardware,
     launch,
     next_power_of_2,
+    override,
     recorded,
     remembered,
     setting,
@@ -31,13 +32,18 @@ from mowe_kernels.triton._launch import (
 
 
 class Tile(NamedTuple):
-    """Rows, columns and depth of the block a program multiplies, its warps and its stages of prefetching."""
+    """Rows, columns and depth of the block a program multiplies, its warps and its stages of prefetching.
+
+    per_sm: of `grouped_linear` alone, how many programs a multiprocessor keeps, each of which computes block after
+    block; 0 for a program a block.
+    """
 
     rows: int
     cols: int
     depth: int
     warps: int
     stages: int
+    per_sm: int = 0
 
 
 # By bits of the type and capability (the newest that is not newer than the device): the block of a program when there
@@ -66,6 +72,15 @@ CANDIDATES = (
     Tile(128, 64, 64, 4, 4),
     Tile(64, 128, 64, 4, 4),
     Tile(128, 128, 32, 8, 3),
+)
+# Of `grouped_linear` alone: programs that stay read the operands of the next block while they finish one, which is what
+# lets a block be so large that no second program fits beside it, and large blocks read less.
+PERSISTENT_CANDIDATES = (
+    Tile(128, 256, 64, 8, 3, 1),
+    Tile(128, 256, 64, 8, 4, 1),
+    Tile(256, 128, 64, 8, 3, 1),
+    Tile(128, 128, 64, 8, 3, 2),
+    Tile(128, 128, 64, 4, 3, 2),
 )
 FEW_CANDIDATES = (Tile(64, 64, 64, 4, 4), Tile(64, 64, 64, 4, 6), Tile(64, 128, 64, 4, 4), Tile(64, 32, 128, 4, 4))
 # Products of so few summands (our choice): what follows them takes as long, so a table has a tile for them.
@@ -156,25 +171,27 @@ def gemm(
     """
     rows, k = a.shape
     experts, n = weight.shape[0], out.shape[1]
-    tile, described = _gemm_choice(a.device, a.dtype, alike(rows), n, k, transposed)
+    tile, described, resident = _gemm_choice(a.device, a.dtype, alike(rows), n, k, transposed)
     matrices, tma = (a, weight), False
     if described:
         block = (tile.depth, tile.cols) if transposed else (tile.cols, tile.depth)
         matrices, tma = operands((a, (tile.rows, tile.depth)), (weight, block))
     start = _gemm_launch(tile, tma, a.itemsize, experts, n, k, transposed, gelu)
-    programs = Programs(rows, tile.rows, experts, cdiv(n, tile.cols)) if rows else 0
-    start(programs, *matrices, bias, group_offsets, residual, scale, through, pre, out)
+    programs = resident or Programs(rows, tile.rows, experts, cdiv(n, tile.cols))
+    start(programs if rows else 0, *matrices, bias, group_offsets, residual, scale, through, pre, out, rows)
 
 
 @remembered
 def _gemm_choice(
     device: torch.device, dtype: torch.dtype, rows: int, n: int, k: int, transposed: bool
-) -> tuple[Tile, bool]:
-    """The block of a program, and whether it is fetched through descriptors."""
+) -> tuple[Tile, bool, int]:
+    """The block of a program, whether it is fetched through descriptors, and how many programs compute all blocks, 0
+    where each computes one.
+    """
     found = hardware(device)
     tile = gemm_tile(found, dtype, rows, n, k)
     whole = not transposed or k % tile.depth == 0  # else a descriptor reads on into the next encoder's weights
-    return tile, whole and worth_describing(found, rows * n * k)
+    return tile, whole and worth_describing(found, rows * n * k), tile.per_sm * found.num_sms
 
 
 @remembered
@@ -183,7 +200,7 @@ def _gemm_launch(
 ) -> Launch:
     return Launch(
         _gemm.grouped_gemm_kernel, E=experts, BE=next_power_of_2(experts), N=n, K=k, TRANSPOSED=transposed, GELU=gelu,
-        BM=tile.rows, BN=tile.cols, BK=tile.depth, BAND=BAND, TMA=tma,
+        BM=tile.rows, BN=tile.cols, BK=tile.depth, BAND=BAND, TMA=tma, PERSISTENT=tile.per_sm > 0,
         num_warps=tile.warps, num_stages=tile.stages, matmul=itemsize == 2,
     )  # fmt: skip
 
@@ -278,7 +295,8 @@ def tunings(device: torch.device, rows: int) -> Iterator[Tuning]:
         return forward(hidden[:count], down, down_bias, offsets, x[:count], None, "", False)[0]
 
     for blocks, multiply in (("many shallow blocks", widen), ("many blocks", narrow)):
-        yield Tuning("gemm_tile", f"16 bits, {blocks}", CANDIDATES, lambda m=multiply: [m(*of) for of in several][-1])
+        call = lambda m=multiply: [m(*of) for of in several][-1]  # noqa: E731
+        yield Tuning("gemm_tile", f"16 bits, {blocks}", CANDIDATES + PERSISTENT_CANDIDATES, call)
     few = partial(widen, rows // 128, offsets // 128)
     yield Tuning("gemm_tile", "16 bits, few blocks", FEW_CANDIDATES, few)
     yield Tuning("wgrad_tile", "16 bits", CANDIDATES, lambda: wgrad(hidden, x, up, offsets, True, True)[0])
@@ -306,3 +324,6 @@ def compilations(capability: int) -> Iterator[Compilation]:
             ),
         }
     yield from recorded(capability, calls)
+    if capability >= TMA_SINCE:
+        with override(gemm_tile=PERSISTENT_CANDIDATES[0]):
+            yield from recorded(capability, {"fc1 of tiny, block after block": calls["fc1 of tiny"]})

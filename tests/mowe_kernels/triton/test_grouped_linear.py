@@ -45,6 +45,7 @@ def op(sizes: tuple[int, ...], activation: str):
 
 
 SMALL = {"gemm_tile": Tile(16, 16, 16, 4, 2), "wgrad_tile": Tile(16, 16, 16, 4, 2), "wgrad_chunk": 6}
+PERSISTENT = {**SMALL, "gemm_tile": Tile(16, 16, 16, 4, 2, per_sm=1)}
 
 
 @table(GROUPS, "sizes")
@@ -53,6 +54,15 @@ def test_layouts(sizes, shape):
     inputs = make_inputs(sizes, 3, EPILOGUES["all"][0], *shape)
     frozen = ("row_scale",) if sum(sizes) == 1 else ()  # see `test_gradient_of_one_scale`
     with override(**SMALL):
+        assert_as_accurate_as_torch(op(sizes, "gelu"), inputs, sum(sizes), torch.float32, frozen)
+
+
+@table(GROUPS, "sizes")
+@table(SHAPES, "shape")
+def test_programs_that_compute_block_after_block(sizes, shape):
+    inputs = make_inputs(sizes, 3, EPILOGUES["all"][0], *shape)
+    frozen = ("row_scale",) if sum(sizes) == 1 else ()
+    with override(**PERSISTENT):
         assert_as_accurate_as_torch(op(sizes, "gelu"), inputs, sum(sizes), torch.float32, frozen)
 
 
@@ -92,23 +102,26 @@ def test_settings_of_every_architecture(dtype, capability):
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype.itemsize == 2])
 @pytest.mark.parametrize("n", [136, 192])
-def test_blocks_fetched_through_descriptors(dtype, n, monkeypatch):
+@pytest.mark.parametrize("per_sm", [0, 2])
+def test_blocks_fetched_through_descriptors(dtype, n, per_sm, monkeypatch):
     """What another encoder's weights hold spreads to nobody's rows, nor where a block ends past an encoder's own."""
     sizes, described = (140, 0, 70), []
     inputs = make_inputs(sizes, 5, EPILOGUES["all"][0], 72, n)
     inputs["weight"][1] = torch.inf
     describe = _descriptors._described
     monkeypatch.setattr(_descriptors, "_described", lambda *args: described.append(args) or describe(*args))
-    with assume(ARCHITECTURES[90]._replace(num_sms=1)), override(tma_products=0):
+    block = Tile(128, 128, 64, 8, 3, per_sm)
+    with assume(ARCHITECTURES[90]._replace(num_sms=1)), override(tma_products=0, gemm_tile=block):
         assert_as_accurate_as_torch(op(sizes, "gelu"), inputs, sum(sizes), dtype)
     assert len(described) == (4 if n % 64 == 0 else 2)  # forward and, where blocks end with the weights, backward
 
 
-def test_tiles_in_several_bands():
+@pytest.mark.parametrize("settings", [SMALL, PERSISTENT], ids=["a block each", "block after block"])
+def test_tiles_in_several_bands(settings):
     """More tiles than a band has, in both directions."""
     sizes = (100, 60, 37)
     inputs = make_inputs(sizes, 0, ("bias",), 8, 40)
-    with override(**SMALL):
+    with override(**settings):
         assert_as_accurate_as_torch(op(sizes, ""), inputs, sum(sizes), torch.float32)
 
 

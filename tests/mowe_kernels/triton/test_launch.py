@@ -26,9 +26,9 @@ def gemm(rows, shift=0, gelu=False, bias=True, dtype=torch.bfloat16, tma=False):
     weight, offsets = torch.zeros(2, 64, 64, dtype=dtype), torch.zeros(3, dtype=torch.int32)
     (a, w), described = operands((x, (64, 32)), (weight, (64, 32))) if tma else ((x, weight), False)
     out = torch.empty(rows, 64, dtype=dtype)
-    args = a, w, weight[:, 0] if bias else None, offsets, None, None, None, None, out
+    args = a, w, weight[:, 0] if bias else None, offsets, None, None, None, None, out, rows
     constants = dict(E=2, BE=2, N=64, K=64, TRANSPOSED=False, GELU=gelu, BM=64, BN=64, BK=32, BAND=8, TMA=described)
-    return _gemm.grouped_gemm_kernel, args, constants
+    return _gemm.grouped_gemm_kernel, args, constants | dict(PERSISTENT=rows > 1000)
 
 def attention(rows, sequences):
     qkv, offsets = torch.zeros(rows, 3, 2, 32).bfloat16(), torch.zeros(sequences + 1, dtype=torch.int32)
