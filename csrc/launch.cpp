@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <exception>
 #include <type_traits>
+#include <unordered_map>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -107,14 +108,16 @@ struct alignas(128) TensorMap {
   uint64_t opaque[16];
 };
 
-// A thread that has not used CUDA yet has no context.
-int enter(int ordinal) {
-  void* context = nullptr;
-  int error = driver().get_current(&context), device = 0;
-  if (error || context) return error;
-  if ((error = driver().get_device(&device, ordinal))) return error;
-  if ((error = driver().retain(&context, device))) return error;
-  return driver().set_current(context);
+// Makes the context of a device current, which it is not in a thread that has not used CUDA yet or uses another device.
+// other: the context to go back to; null where there is none.
+int enter(int ordinal, void** other) {
+  thread_local std::unordered_map<int, void*> contexts;
+  void *&own = contexts[ordinal], *before = nullptr;
+  int device = 0, error = driver().get_current(&before);
+  if (!error && !own && !(error = driver().get_device(&device, ordinal))) error = driver().retain(&own, device);
+  if (error || before == own) return error;
+  *other = before;
+  return driver().set_current(own);
 }
 
 int encode(const Matrix& matrix, int64_t rows, uint64_t address, TensorMap& map) {
@@ -141,7 +144,8 @@ bool fits(const Tensor& tensor, const Layout& layout, int64_t rows, int device) 
 
 int run(const Program& program, int64_t rows, const std::vector<uint64_t>& addresses, void* stream) {
   auto address = [&](const Argument& argument) { return addresses[argument.place] + argument.value; };
-  int error = program.num_launches ? enter(std::max(program.device, 0)) : 0;
+  void* other = nullptr;
+  int error = program.num_launches ? enter(std::max(program.device, 0), &other) : 0;
   std::vector<TensorMap> maps(program.num_matrices);
   for (int i = 0; i < program.num_matrices && !error; ++i)
     error = encode(program.matrices[i], rows, address(program.matrices[i].address), maps[i]);
@@ -160,6 +164,7 @@ int run(const Program& program, int64_t rows, const std::vector<uint64_t>& addre
     error = driver().launch(launch.function, programs, 1, 1, launch.threads, 1, 1, launch.shared, stream,
                             parameters.data(), nullptr);
   }
+  if (other) driver().set_current(other);
   return error;
 }
 

@@ -35,7 +35,7 @@ int fake_notes(const Note **first) {
 }
 
 int cuLaunchKernelEx(const Config *config, void *function, void **parameters, void **extra) {
-  if (!context) return 201; /* CUDA_ERROR_INVALID_CONTEXT */
+  if (context != kernels) return 201; /* CUDA_ERROR_INVALID_CONTEXT */
   if (error_of_launches) return error_of_launches;
   if (num_notes == NOTES) abort();
   Note *note = memset(&notes[num_notes++], 0, sizeof *note);

@@ -59,6 +59,16 @@ for other in (flat[:4160].view(65, 64), x[:, :32], x.half(), flat[1:4097].view(6
     assert again([other, *inputs[1:]], 7) == []
 assert again([x, weight[:1], offsets], 7) == again(inputs[:2], 7) == [] and not started()
 
+# In the context of the device, where that of another one is current.
+own, current = ctypes.c_void_p(), ctypes.c_void_p()
+fake().cuCtxGetCurrent(ctypes.byref(own))
+fake().cuCtxSetCurrent(ctypes.c_void_p(1))
+(result,) = again(inputs, 7)
+assert len(started()) == 1
+fake().cuCtxGetCurrent(ctypes.byref(current))
+assert current.value == 1
+fake().cuCtxSetCurrent(own)
+
 # A thread in which nobody has used the device yet.
 failed = []
 def in_thread():
