@@ -13,6 +13,7 @@ from benchmarks.clock import now
 from benchmarks.providers import shared_pool
 from benchmarks.workloads import Workload
 from mowe import EncoderPool
+from mowe.families.stacked import through
 from mowe_kernels import Level
 
 _FEW = "tiny8/1s/1"
@@ -33,8 +34,7 @@ def seconds_a_layer(device: str, dtype: str, workload: str = _FEW) -> float:
         batches = [_given_to_layers(pool, given, longer) for longer in range(first, first + _BATCHES)]
         start = now()
         for h, rows in batches:
-            for layer in layers:
-                h = layer(h, rows)
+            through(layers, h, rows)
         rounds.append((time.perf_counter() - start) / (_BATCHES * len(layers)))
     return statistics.median(rounds)
 

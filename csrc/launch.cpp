@@ -101,7 +101,7 @@ struct Program {
   const Argument* arguments;  // of all launches, one after the other
   const Matrix* matrices;
   int64_t most_rows, bytes;  // bytes: of the temporaries, of so many rows
-  int32_t num_inputs, num_results, num_launches, num_matrices, device;
+  int32_t num_inputs, num_of_layer, num_results, num_launches, num_matrices, device;  // of a layer: the last inputs
 };
 
 struct alignas(128) TensorMap {
@@ -177,29 +177,40 @@ Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef siz
 }
 
 // The results for inputs that lie as those did of which the program was made, whatever the rows up to its most; none
-// for others.
+// for others. Behind the last inputs may follow those of further layers, each of which gets the first result of the one
+// before it in the place of the first input.
 std::vector<Tensor> launch_again(int64_t address, const std::vector<Tensor>& inputs, int64_t stream) {
   const Program& program = *reinterpret_cast<const Program*>(address);
-  std::vector<Tensor> results;
-  if (inputs.size() != static_cast<size_t>(program.num_inputs) || inputs[0].dim() == 0) return results;
+  const int count = static_cast<int>(inputs.size()), shared = program.num_inputs - program.num_of_layer;
+  if (count < program.num_inputs || (count - shared) % program.num_of_layer || inputs[0].dim() == 0) return {};
   const int64_t rows = inputs[0].size(0);
-  if (rows > program.most_rows) return results;
-  for (int i = 0; i < program.num_inputs; ++i)
-    if (!fits(inputs[i], program.inputs[i], rows, program.device)) return results;
-
-  std::vector<uint64_t> addresses;  // of the inputs, of the results that are not empty, of the temporaries
-  auto lies = [&](const Tensor& tensor) { addresses.push_back(reinterpret_cast<uint64_t>(tensor.data_ptr())); };
-  for (const Tensor& input : inputs) lies(input);
-  for (int i = 0; i < program.num_results; ++i) {
-    results.push_back(allocate(inputs[0], program.results[i].shape(rows), program.results[i].type));
-    if (results.back().numel()) lies(results.back());
+  if (rows > program.most_rows) return {};
+  for (int i = 0; i < count; ++i) {
+    const int place = i < shared ? i : shared + (i - shared) % program.num_of_layer;
+    if (!fits(inputs[i], program.inputs[place], rows, program.device)) return {};
   }
+
   const Tensor memory = allocate(inputs[0], {&program.bytes, 1}, static_cast<int32_t>(ScalarType::Byte));
-  lies(memory);
-  if (const int error = run(program, rows, addresses, reinterpret_cast<void*>(stream))) {
-    const char* text = nullptr;
-    driver().name_error(error, &text);
-    STD_TORCH_CHECK(false, "CUDA error: ", text ? text : "unknown error");
+  Tensor x = inputs[0];
+  std::vector<Tensor> results;
+  for (int layer = shared; layer < count; layer += program.num_of_layer) {
+    std::vector<uint64_t> addresses;  // of the inputs, of the results that are not empty, of the temporaries
+    auto lies = [&](const Tensor& tensor) { addresses.push_back(reinterpret_cast<uint64_t>(tensor.data_ptr())); };
+    if (!results.empty()) x = results[0];
+    lies(x);
+    for (int i = 1; i < shared; ++i) lies(inputs[i]);
+    for (int i = 0; i < program.num_of_layer; ++i) lies(inputs[layer + i]);
+    results.clear();
+    for (int i = 0; i < program.num_results; ++i) {
+      results.push_back(allocate(inputs[0], program.results[i].shape(rows), program.results[i].type));
+      if (results.back().numel()) lies(results.back());
+    }
+    lies(memory);
+    if (const int error = run(program, rows, addresses, reinterpret_cast<void*>(stream))) {
+      const char* text = nullptr;
+      driver().name_error(error, &text);
+      STD_TORCH_CHECK(false, "CUDA error: ", text ? text : "unknown error");
+    }
   }
   return results;
 }

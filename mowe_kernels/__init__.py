@@ -4,6 +4,7 @@ from mowe_kernels.backend import use_backend
 from mowe_kernels.nf4 import Nf4Weight, nf4_quantize
 from mowe_kernels.ops.encoder_layer import LayerParameters, encoder_layer
 from mowe_kernels.ops.encoder_layer_nf4 import Nf4LayerParameters, encoder_layer_nf4
+from mowe_kernels.ops.encoder_layers import encoder_layers
 from mowe_kernels.ops.grouped_conv1d import grouped_conv1d
 from mowe_kernels.ops.grouped_layer_norm import grouped_layer_norm
 from mowe_kernels.ops.grouped_linear import grouped_linear
@@ -33,6 +34,7 @@ __all__ = [
     "PackPlan",
     "encoder_layer",
     "encoder_layer_nf4",
+    "encoder_layers",
     "grouped_conv1d",
     "grouped_layer_norm",
     "grouped_linear",

@@ -11,7 +11,7 @@ from transformers import HubertConfig, HubertModel, Wav2Vec2Model
 from mowe.errors import AudioError, ConfigError
 from mowe.families.base import ClipFeatures, Context, EncoderFamily
 from mowe.families.convert import Entry, affine, conv, qkv, weight_normed_conv
-from mowe.families.stacked import StackedConv, StackedLayer, StackedLinear, StackedNorm
+from mowe.families.stacked import StackedConv, StackedLayer, StackedLinear, StackedNorm, through
 from mowe_kernels import FamilyPlan, FrameClock, Level, grouped_conv1d, sequence_norm
 
 _SHARED = (
@@ -134,8 +134,7 @@ class HubertFamily(EncoderFamily):
         )
         if not self.stable:
             h = self.norm(h, rows)
-        for layer in self.layers:
-            h = layer(h, rows)
+        h = through(self.layers, h, rows)
         return self.norm(h, rows) if self.stable else h
 
     def _stem(self, h: Tensor, starts: Tensor, plan: FamilyPlan) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mowe.errors import ConfigError
@@ -14,8 +15,10 @@ from mowe.families.nf4 import layer_weights, own, parameters_in_4_bits
 from mowe_kernels import (
     LayerParameters,
     Level,
+    Nf4LayerParameters,
     encoder_layer,
     encoder_layer_nf4,
+    encoder_layers,
     grouped_layer_norm,
     grouped_linear,
 )
@@ -104,20 +107,48 @@ class StackedLayer(GradientCheckpointingLayer):
 
     def forward(self, x: Tensor, rows: Level) -> Tensor:
         """[R, D] -> [R, D], each sequence attending to itself alone."""
-        how = {"heads": self.heads, "pre_norm": self.pre_norm, "eps": self.eps, "equal_lengths": rows.equal_lengths}
-        offsets = rows.group_offsets, rows.cu_seqlens, rows.max_seqlen
+        offsets, how = self.asked(rows)
         parts = [self._modules[name] for name in _PARTS]
-        in_4_bits = parameters_in_4_bits(parts, x)
-        if in_4_bits is not None:
-            return encoder_layer_nf4(x, in_4_bits, *offsets, **how)
-        return encoder_layer(x, _parameters(parts, rows), *offsets, **how, key_bias=self.key_bias)
+        parameters = _at_hand(parts, x)
+        if isinstance(parameters, Nf4LayerParameters):
+            del how["key_bias"]
+            return encoder_layer_nf4(x, parameters, *offsets, **how)
+        return encoder_layer(x, parameters or _gathered(parts, rows), *offsets, **how)
+
+    def asked(self, rows: Level) -> tuple[tuple[Tensor, Tensor, int], dict[str, Any]]:
+        """What `encoder_layer` is given beside the rows and the parameters."""
+        how = {"heads": self.heads, "pre_norm": self.pre_norm, "eps": self.eps, "key_bias": self.key_bias}
+        return (rows.group_offsets, rows.cu_seqlens, rows.max_seqlen), how | {"equal_lengths": rows.equal_lengths}
 
 
-def _parameters(parts: Sequence[Any], rows: Level) -> LayerParameters:
+def through(layers: Sequence[StackedLayer], x: Tensor, rows: Level) -> Tensor:
+    """[R, D] -> [R, D], one layer after the other; asked for together where nobody looks in between."""
+    parameters = None
+    if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or any(map(_watched, layers))):
+        parameters = [_at_hand([layer._modules[name] for name in _PARTS], x) for layer in layers]
+    if parameters and all(parameters):
+        offsets, how = layers[0].asked(rows)
+        return encoder_layers(x, parameters, *offsets, **how)
+    for layer in layers:
+        x = layer(x, rows)
+    return x
+
+
+def _watched(layer: nn.Module) -> bool:
+    """Whether somebody wants to know of the layer's calls, or has put something else in its place."""
+    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+    return type(layer) is not StackedLayer or "forward" in layer.__dict__ or any(hooks) or _has_any_global_hook()
+
+
+def _at_hand(parts: Sequence[Any], x: Tensor) -> LayerParameters | Nf4LayerParameters | None:
+    """A layer's parameters as rows like x want them; None where some have to be looked for or dequantised."""
     try:  # nn.Module's own lookup takes as long as a launch
         return LayerParameters(*[held[name] for held in [part._parameters for part in parts] for name in _OWN])
     except KeyError:  # a weight in 4 bits; wrappers, replicas and parametrizations
-        pass
+        return parameters_in_4_bits(parts, x)
+
+
+def _gathered(parts: Sequence[Any], rows: Level) -> LayerParameters:
     attention_norm, qkv, out, mlp_norm, fc1, fc2 = parts
     weights = layer_weights((qkv, out, fc1, fc2), rows)
     return LayerParameters(

@@ -15,7 +15,7 @@ from mowe.audio import WINDOW_SAMPLES
 from mowe.errors import AudioError, ConfigError
 from mowe.families.base import ClipFeatures, Context, EncoderFamily
 from mowe.families.convert import Entry, affine, conv, qkv
-from mowe.families.stacked import StackedConv, StackedLayer, StackedNorm
+from mowe.families.stacked import StackedConv, StackedLayer, StackedNorm, through
 from mowe.features import HOP
 from mowe_kernels import FamilyPlan, FrameClock, grouped_conv1d
 
@@ -123,10 +123,10 @@ class WhisperFamily(EncoderFamily):
             activation="gelu",
             positions=self.embed_positions,
         )
+        if h.dtype != torch.float16:
+            return self.layer_norm(through(self.layers, h, rows), rows)
         for layer in self.layers:
-            h = layer(h, rows)
-            if h.dtype == torch.float16:
-                h = h.clamp(-_HALF_LIMIT, _HALF_LIMIT)
+            h = layer(h, rows).clamp(-_HALF_LIMIT, _HALF_LIMIT)
         return self.layer_norm(h, rows)
 
     def reset_parameters(self) -> None:

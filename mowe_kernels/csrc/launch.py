@@ -115,8 +115,8 @@ class _Program(ctypes.Structure):
         ("inputs", ctypes.POINTER(_Layout)), ("results", ctypes.POINTER(_Layout)),
         ("launches", ctypes.POINTER(_Launch)), ("arguments", ctypes.POINTER(_Argument)),
         ("matrices", ctypes.POINTER(_Matrix)), ("most_rows", c_int64), ("bytes", c_int64),
-        ("num_inputs", c_int32), ("num_results", c_int32), ("num_launches", c_int32), ("num_matrices", c_int32),
-        ("device", c_int32),
+        ("num_inputs", c_int32), ("num_of_layer", c_int32), ("num_results", c_int32), ("num_launches", c_int32),
+        ("num_matrices", c_int32), ("device", c_int32),
     ]  # fmt: skip
 
 
@@ -124,7 +124,8 @@ class Program:
     """Launches, to be made as often as is liked, on tensors that lie in memory as `inputs` say.
 
     Addresses are told by their places among the inputs, the results that are not empty, and one piece of memory of so
-    many bytes, `size`, for all else of a batch of at most `most_rows` rows. device: of the tensors, -1 for the host.
+    many bytes, `size`, for all else of a batch of at most `most_rows` rows. of_layer: how many of the inputs, from the
+    last one back, every layer has of its own. device: of the tensors, -1 for the host.
     num_matrices: how many descriptors are made each time.
     """
 
@@ -132,6 +133,7 @@ class Program:
         self,
         launches: Sequence[Launch],
         inputs: Sequence[Layout],
+        of_layer: int,
         results: Sequence[Layout],
         most_rows: int,
         size: int,
@@ -148,7 +150,9 @@ class Program:
             (_Matrix * len(matrices))(*matrices),
             most_rows,
             size,
-            *map(len, (inputs, results, launches, matrices)),
+            len(inputs),
+            of_layer,
+            *map(len, (results, launches, matrices)),
             device,
         )
         self._address, self._launch = ctypes.addressof(self._program), torch.ops.mowe.launch_again.default
@@ -156,6 +160,8 @@ class Program:
     def __call__(self, inputs: list[Tensor], stream: int) -> list[Tensor]:
         """The results, launched on a stream of the device; none where the inputs lie otherwise.
 
+        inputs: where those of further layers follow that each has of its own, they are taken one after the other, the
+        first result of one being the first input of the next, and the results are those of the last one.
         Raises torch.OutOfMemoryError where there is no room for them, RuntimeError for what the driver says.
         """
         try:

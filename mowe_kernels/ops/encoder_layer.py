@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -83,12 +84,32 @@ def encoder_layer(
 def _forward(
     saves: bool, x: Tensor, parameters: Sequence[Tensor], group_offsets: Tensor, cu_seqlens: Tensor, how: tuple
 ) -> Sequence[Tensor]:
-    module, about = implementation("encoder_layer", (x,)), (saves, x, parameters, group_offsets, cu_seqlens, *how)
-    again = getattr(module, "again", None)
-    if again is not None and (results := again(*about)):
+    if results := _again(saves, x, (parameters,), group_offsets, cu_seqlens, how):
         return results
     _check(x, LayerParameters(*parameters), group_offsets, cu_seqlens, how[1])
-    return module.forward(FORWARD, *about)
+    module = implementation("encoder_layer", (x,))
+    return module.forward(FORWARD, saves, x, parameters, group_offsets, cu_seqlens, *how)
+
+
+def again(
+    x: Tensor, layers: Sequence[Sequence[Tensor]], group_offsets: Tensor, cu_seqlens: Tensor, how: tuple
+) -> Sequence[Tensor]:
+    """What one layer after the other gives where their launches are known and nobody wants a gradient; else nothing."""
+    tensors = [x, *chain.from_iterable(layers)]
+    known = not traced(*tensors) and not needs_grad(*tensors)
+    return _again(False, x, layers, group_offsets, cu_seqlens, how) if known else ()
+
+
+def _again(
+    saves: bool,
+    x: Tensor,
+    layers: Sequence[Sequence[Tensor]],
+    group_offsets: Tensor,
+    cu_seqlens: Tensor,
+    how: tuple,
+) -> Sequence[Tensor]:
+    launched = getattr(implementation("encoder_layer", (x,)), "again", None)
+    return launched(saves, x, layers, group_offsets, cu_seqlens, *how) if launched else ()
 
 
 class _Layer(torch.autograd.Function):

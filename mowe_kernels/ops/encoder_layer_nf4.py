@@ -4,6 +4,7 @@ for at once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -60,19 +61,43 @@ def encoder_layer_nf4(
     Returns [R, D] in the type of x; rows past group_offsets[-1] are unspecified.
     Raises ValueError for shapes or types that do not fit, and where a gradient would be asked for: there is none.
     """
-    tensors, matrices = parameters[:8], [as_taken(matrix) for matrix in parameters[8:]]
-    about = x, tensors, matrices, group_offsets, cu_seqlens, max_seqlen, heads, pre_norm, eps, equal_lengths
+    tensors, matrices = taken = _taken(parameters)
+    how = max_seqlen, heads, pre_norm, eps, equal_lengths
     if needs_grad(x, *tensors):
         raise ValueError("encoder_layer_nf4: has no gradient; dequantise the weights and use encoder_layer")
-    if traced(x, *tensors):
-        _check(x, parameters, group_offsets, cu_seqlens, heads)
-        return reference.forward(_PARTS, *about)[0]
-    module = implementation("encoder_layer_nf4", (x,))
-    again = getattr(module, "again", None)
-    if again is not None and (results := again(*about)):
+    is_traced = traced(x, *tensors)
+    if not is_traced and (results := _again(x, [taken], group_offsets, cu_seqlens, how)):
         return results[0]
     _check(x, parameters, group_offsets, cu_seqlens, heads)
-    return module.forward(FORWARD, *about)[0]
+    about = x, tensors, matrices, group_offsets, cu_seqlens, *how
+    if is_traced:
+        return reference.forward(_PARTS, *about)[0]
+    return implementation("encoder_layer_nf4", (x,)).forward(FORWARD, *about)[0]
+
+
+def again(
+    x: Tensor, layers: Sequence[Nf4LayerParameters], group_offsets: Tensor, cu_seqlens: Tensor, how: tuple
+) -> Sequence[Tensor]:
+    """As that of `encoder_layer`."""
+    taken = [_taken(parameters) for parameters in layers]
+    tensors = [x, *(tensor for parameters, _ in taken for tensor in parameters)]
+    known = not traced(*tensors) and not needs_grad(*tensors)
+    return _again(x, taken, group_offsets, cu_seqlens, how) if known else ()
+
+
+def _taken(parameters: Nf4LayerParameters) -> tuple[Sequence[Tensor], list[reference.Matrix]]:
+    return parameters[:8], [as_taken(matrix) for matrix in parameters[8:]]
+
+
+def _again(
+    x: Tensor,
+    layers: Sequence[tuple[Sequence[Tensor], list[reference.Matrix]]],
+    group_offsets: Tensor,
+    cu_seqlens: Tensor,
+    how: tuple,
+) -> Sequence[Tensor]:
+    launched = getattr(implementation("encoder_layer_nf4", (x,)), "again", None)
+    return launched(x, layers, group_offsets, cu_seqlens, *how) if launched else ()
 
 
 def _check(x: Tensor, parameters: Nf4LayerParameters, group_offsets: Tensor, cu_seqlens: Tensor, heads: int) -> None:

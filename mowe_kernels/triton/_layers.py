@@ -7,6 +7,7 @@ library finds that the tensors lie in memory as those did, and starts the same k
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -28,18 +29,19 @@ forget_by(_kept.clear)
 
 
 class Asked(NamedTuple):
-    """A layer's results that are wanted.
+    """A layer's results that are wanted, or those of the last one of several.
 
     direction: "forward" or "backward". what: all that results depend on beside what is named here. how: host bound of
-    the lengths, heads, pre_norm, eps, equal_lengths. of_batch: tensors that are read with as many rows as x [R, D], the
-    first. others: all others that are read, of which group_offsets and cu_seqlens are the first.
+    the lengths, heads, pre_norm, eps, equal_lengths. All tensors that are read: of_batch, with as many rows as x
+    [R, D], the first; shared by all layers, group_offsets and cu_seqlens being the first; of_layers, of each its own.
     """
 
     direction: str
     what: Any
     how: tuple[Any, ...]
-    of_batch: list[Tensor]
-    others: list[Tensor]
+    of_batch: Sequence[Tensor]
+    shared: Sequence[Tensor]
+    of_layers: Sequence[Sequence[Tensor]]
 
 
 def again(asked: Asked) -> Sequence[Tensor]:
@@ -47,7 +49,7 @@ def again(asked: Asked) -> Sequence[Tensor]:
     programs, device = _kept.get(_key(asked)), asked.of_batch[0].get_device()
     if not programs or not _launches(device) or not _attends(asked):
         return ()
-    inputs, stream = [*asked.of_batch, *asked.others], current_stream(device)
+    inputs, stream = [*asked.of_batch, *asked.shared, *chain.from_iterable(asked.of_layers)], current_stream(device)
     for program in programs:
         if results := program(inputs, stream):
             return results
@@ -55,12 +57,12 @@ def again(asked: Asked) -> Sequence[Tensor]:
 
 
 def computed(compute: Callable[[], tuple[Tensor, ...]], asked: Asked) -> tuple[Tensor, ...]:
-    """What `compute` gives; its launches are kept for the next layer, if they can be made again.
+    """What `compute` gives, of one layer; its launches are kept for the next layer, if they can be made again.
 
     compute: launches our kernels and those of attention, nothing else.
     """
-    direction, _, (_, heads, *_), of_batch, others = asked
-    x, inputs, key = of_batch[0], (*of_batch, *others), _key(asked)
+    direction, _, (_, heads, *_), of_batch, shared, (of_layer,) = asked
+    x, inputs, key = of_batch[0], (*of_batch, *shared, *of_layer), _key(asked)
     programs = _kept.get(key)
     if (
         x.nbytes > MOST_BYTES[direction]
@@ -73,7 +75,7 @@ def computed(compute: Callable[[], tuple[Tensor, ...]], asked: Asked) -> tuple[T
     ):
         return compute()
     try:
-        results, program = noted(of_batch, others, compute, None if direction == "forward" else 1)
+        results, program = noted(of_batch, shared, of_layer, compute, None if direction == "forward" else 1)
     except torch.OutOfMemoryError:  # meanwhile no temporary makes room for another
         return compute()
     if program is not None:
@@ -87,7 +89,7 @@ def computed(compute: Callable[[], tuple[Tensor, ...]], asked: Asked) -> tuple[T
 
 def _key(asked: Asked) -> tuple[Any, ...]:
     """What tells layers and batches apart whose launches differ; a program itself sees that all else is as it was."""
-    direction, what, (_, heads, pre_norm, eps, _), (x, *_), (group_offsets, cu_seqlens, *_) = asked
+    direction, what, (_, heads, pre_norm, eps, _), (x, *_), (group_offsets, cu_seqlens, *_), _ = asked
     rows, d = x.shape
     aligned = group_offsets.data_ptr() % 16 == 0, cu_seqlens.data_ptr() % 16 == 0  # they are parts of the plan's
     sizes = alike(rows), d, group_offsets.shape, cu_seqlens.shape

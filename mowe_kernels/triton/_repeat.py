@@ -43,7 +43,8 @@ def laid_out(temporaries: Sequence[Temporary]) -> list[int]:
 
 def noted(
     of_batch: Sequence[Tensor],
-    others: Sequence[Tensor],
+    shared: Sequence[Tensor],
+    of_layer: Sequence[Tensor],
     compute: Callable[[], tuple[Tensor, ...]],
     results_of_batch: int | None = None,
 ) -> tuple[tuple[Tensor, ...], Program | None]:
@@ -51,16 +52,17 @@ def noted(
     same types, alignments and sizes, but for the number of rows, which may be another that is `alike`. Temporaries lie
     over one another where no launch sees both.
 
-    of_batch, others: inputs that have as many rows as the batch, and those that do not; the rows are the first axis of
-    the first one, and in the others the first axis of that size. results_of_batch: how many of the results, from the
-    first on, have these rows; all without. Memory of temporaries is to grow no faster than the number of rows.
+    of_batch: inputs that have as many rows as the batch, along the first axis of the first one, and in the others along
+    the first axis of that size. shared, of_layer: inputs without such rows, of all layers and of one.
+    results_of_batch: how many of the results, from the first on, have these rows; all without. Memory of temporaries is
+    to grow no faster than the number of rows.
     None where it cannot be: there is no compiled library, an argument is neither a tensor, the descriptor of one that
     was seen, a number nor left out, two of the tensors begin at one address, temporaries take too much memory, or a
     kernel is not started by its arguments alone.
     """
     with noting() as launches:
         results = compute()
-    rows = of_batch[0].shape[0]
+    rows, others = of_batch[0].shape[0], (*shared, *of_layer)
     given = (*of_batch, *others, *(result for result in results if result.numel()))
     addresses = {tensor.data_ptr(): Address(place) for place, tensor in enumerate(given)}
     temporaries = _temporaries([args for _, _, args in launches], addresses)
@@ -80,7 +82,7 @@ def noted(
         [*(_layout(tensor, rows) for tensor in with_rows), *map(_layout, without)]
         for with_rows, without in ((of_batch, others), (moving, still))
     )
-    return results, Program(steps, inputs, outputs, most_rows, size, of_batch[0].get_device())
+    return results, Program(steps, inputs, len(of_layer), outputs, most_rows, size, of_batch[0].get_device())
 
 
 def _aligned(size: int) -> int:

@@ -17,13 +17,14 @@ _FC1 = 8  # its weight among the parameters, which tells encoders of one width a
 
 def forward(parts: reference.Parts, *given: Any) -> Sequence[Tensor]:
     """As the reference."""
-    asked = _asked(*given)
+    saves, x, parameters, *others = given
+    asked = _asked(saves, x, (parameters,), *others)
     return _layers.again(asked) or _layers.computed(partial(reference.forward, parts, *given), asked)
 
 
 def again(*given: Any) -> Sequence[Tensor]:
-    """As `forward`, but nothing where its launches are not known. It needs no check: it takes nothing but the like of
-    tensors that were checked.
+    """As `forward` of one layer after the other, all their parameters in the place of one's, but nothing where their
+    launches are not known. It needs no check: it takes nothing but the like of tensors that were checked.
     """
     return _layers.again(_asked(*given))
 
@@ -41,13 +42,12 @@ def backward(
 ) -> Sequence[Tensor]:
     """As the reference."""
     compute = partial(reference.backward, parts, needs, grad, x, parameters, group_offsets, cu_seqlens, saved, *how)
-    what, others = (needs, parameters[_FC1].shape), [group_offsets, cu_seqlens, *parameters]
-    asked = Asked("backward", what, how, [x, grad, *saved], others)
+    what = needs, parameters[_FC1].shape
+    asked = Asked("backward", what, how, [x, grad, *saved], [group_offsets, cu_seqlens], [parameters])
     return _layers.again(asked) or _layers.computed(compute, asked)
 
 
 def _asked(
-    saves: bool, x: Tensor, parameters: Sequence[Tensor], group_offsets: Tensor, cu_seqlens: Tensor, *how: Any
+    saves: bool, x: Tensor, layers: Sequence[Sequence[Tensor]], group_offsets: Tensor, cu_seqlens: Tensor, *how: Any
 ) -> Asked:
-    what, others = (saves, parameters[_FC1].shape), [group_offsets, cu_seqlens, *parameters]
-    return Asked("forward", what, how, [x], others)
+    return Asked("forward", (saves, layers[0][_FC1].shape), how, [x], [group_offsets, cu_seqlens], layers)

@@ -13,30 +13,32 @@ from mowe_kernels.triton import _layers
 from mowe_kernels.triton._layers import Asked
 from mowe_kernels.triton.grouped_linear_nf4 import code
 
+Layer = tuple[Sequence[Tensor], Sequence[reference.Matrix]]
+"""Parameters and matrices, as the reference takes them."""
 
-def forward(parts: reference.Parts, *given: Any) -> Sequence[Tensor]:
+
+def forward(
+    parts: reference.Parts, x: Tensor, parameters: Sequence[Tensor], matrices: Sequence[reference.Matrix], *others: Any
+) -> Sequence[Tensor]:
     """As the reference."""
-    asked = _asked(*given)
-    return _layers.again(asked) or _layers.computed(partial(reference.forward, parts, *given), asked)
+    asked = _asked(x, [(parameters, matrices)], *others)
+    compute = partial(reference.forward, parts, x, parameters, matrices, *others)
+    return _layers.again(asked) or _layers.computed(compute, asked)
 
 
 def again(*given: Any) -> Sequence[Tensor]:
-    """As `forward`, but nothing where its launches are not known. It needs no check: it takes nothing but the like of
-    tensors that were checked.
+    """As `forward` of one layer after the other, all of them in the place of one's parameters and matrices, but nothing
+    where their launches are not known. It needs no check: it takes nothing but the like of tensors that were checked.
     """
     return _layers.again(_asked(*given))
 
 
-def _asked(
-    x: Tensor,
-    parameters: Sequence[Tensor],
-    matrices: Sequence[reference.Matrix],
-    group_offsets: Tensor,
-    cu_seqlens: Tensor,
-    *how: Any,
-) -> Asked:
-    others, sizes = [group_offsets, cu_seqlens, code(x.device), *parameters], []
-    for *tensors, of_matrix in matrices:
-        others += [tensor for tensor in tensors if tensor.numel()]  # else there are no scales of the scales
-        sizes += of_matrix
-    return Asked("forward", ("nf4", len(others), *sizes), how, [x], others)
+def _asked(x: Tensor, layers: Sequence[Layer], group_offsets: Tensor, cu_seqlens: Tensor, *how: Any) -> Asked:
+    of_layers, sizes = [], set()
+    for parameters, matrices in layers:
+        # Where there are no scales of the scales, their tensors are empty.
+        tensors = [tensor for *those, _ in matrices for tensor in those if tensor.numel()]
+        of_layers.append([*parameters, *tensors])
+        sizes.add((len(tensors), *(size for *_, of_matrix in matrices for size in of_matrix)))
+    # Layers that differ are not known together.
+    return Asked("forward", ("nf4", *sizes), how, [x], [group_offsets, cu_seqlens, code(x.device)], of_layers)

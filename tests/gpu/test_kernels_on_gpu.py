@@ -233,11 +233,13 @@ def test_a_repeated_layer_gives_what_its_parts_do(monkeypatch, pre_norm, tma_pro
     def results(x: Tensor, parameters: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
         with use_backend("triton"):
             rows = bounds(x)
-            layer = partial(mk.encoder_layer, group_offsets=rows, cu_seqlens=rows.clone(), max_seqlen=LAST, heads=6)
-            out = layer(x, mk.LayerParameters(*parameters), pre_norm=pre_norm)
+            how = {"group_offsets": rows, "cu_seqlens": rows.clone(), "max_seqlen": LAST, "heads": 6}
+            layer = mk.LayerParameters(*parameters)
+            out = mk.encoder_layer(x, layer, pre_norm=pre_norm, **how)
             grads = torch.autograd.grad(out, [x, *parameters], grad)
             with torch.no_grad():
-                return out, *grads, layer(x, mk.LayerParameters(*parameters), pre_norm=pre_norm)
+                one, three = (mk.encoder_layers(x, [layer] * n, pre_norm=pre_norm, **how) for n in (1, 3))
+                return out, *grads, one, three
 
     # Else a table that finds another library's attention faster leaves nothing to repeat.
     monkeypatch.setattr(attention_of_device, "choose", lambda *args: varlen_attention)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils.parametrize import register_parametrization
 
+import mowe_kernels
 from mowe.audio import AudioBatch
-from mowe.families.stacked import StackedLayer
+from mowe.families import stacked
+from mowe.families.stacked import StackedLayer, through
 from mowe.features import Spectrogram
 from mowe_kernels import Level, use_backend
 from mowe_kernels.triton import _launch
@@ -55,6 +58,45 @@ def test_parameters_under_another_name():
     expected = made(x, rows())
     register_parametrization(made.fc1, "weight", torch.nn.Identity())
     assert torch.equal(made(x, rows()), expected)
+
+
+@torch.no_grad()
+def test_layers_are_asked_for_together(monkeypatch):
+    """Where nobody looks in between."""
+    asked, seen = [], []
+    layers, x = [layer(64).float() for _ in range(3)], torch.randn(8, 64)
+    expected = layers[2](layers[1](layers[0](x, rows()), rows()), rows())
+
+    def encoder_layers(x: torch.Tensor, parameters: list, *given: object, **how: object) -> torch.Tensor:
+        asked.append(len(parameters))
+        return mowe_kernels.encoder_layers(x, parameters, *given, **how)
+
+    def together() -> bool:
+        """Whether they were, for the same result."""
+        asked.clear()
+        assert torch.equal(through(layers, x, rows()), expected)
+        return asked == [3]
+
+    monkeypatch.setattr(stacked, "encoder_layers", encoder_layers)
+    assert together()
+    with torch.enable_grad():
+        assert not together()
+    for register, told in (
+        (layers[1].register_forward_hook, "after"),
+        (layers[1].register_forward_pre_hook, "before"),
+        (register_module_forward_hook, "any"),
+    ):
+        hook = register(lambda module, *_, told=told: seen.append(told) if module is layers[1] else None)
+        assert not together()
+        hook.remove()
+    assert seen == ["after", "before", "any"]
+    forward = layers[1].forward
+    layers[1].forward = lambda *given: seen.append("instead") or forward(*given)
+    assert not together() and seen[3:] == ["instead"]
+    del layers[1].forward
+    assert together()
+    register_parametrization(layers[0].fc1, "weight", torch.nn.Identity())
+    assert not together()
 
 
 @pytest.mark.parametrize("context", ["valid", "window"])

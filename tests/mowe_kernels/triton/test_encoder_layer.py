@@ -150,6 +150,44 @@ for module, name, value, kept, not_repeated in (
         assert len(_layers._kept) == kept
         assert [*_layers._kept.values()].count([]) == not_repeated
     setattr(module, name, before)
+# Several layers at once: the launches of each, on what the one before it gave.
+def each(launches, shared, layers):
+    # of a layer, with addresses as numbers in the order in which they are met; and those numbers
+    count = len(launches) // len(layers)
+    for i, parameters in enumerate(layers):
+        names = {tensor.data_ptr(): place for place, tensor in enumerate((*shared, *parameters))}
+        def name(value):
+            if isinstance(value, tuple):
+                return tuple(map(name, value))
+            return names.setdefault(value, len(names)) if 2**32 < value < 2**48 else value
+        own = launches[i * count : (i + 1) * count]
+        yield [launch._replace(parameters=name(launch.parameters)) for launch in own], names
+
+layers = first, second, first
+for pre_norm, products in itertools.product((True, False), (0, TMA_PRODUCTS)):
+    how = 40, 2, pre_norm, 1e-5, False
+    with _launch.assume(_launch.ARCHITECTURES[90]), _launch.override(tma_products=products):
+        for count in (38, 40):
+            rows = [torch.zeros(count, D, dtype=torch.bfloat16)]
+            shared = torch.tensor([0, 20, count], dtype=torch.int32), torch.tensor([0, 9, count], dtype=torch.int32)
+            assert count == 40 or repeated.again(False, rows[0], layers, *shared, *how) == () == tuple(started())
+            repeated.forward(FORWARD, False, rows[0], first, *shared, *how), started()
+            with _launch.noting():
+                for parameters in layers:
+                    rows += parts.forward(FORWARD, False, rows[-1], parameters, *shared, *how)
+            expected = list(each(started(), shared, layers))
+            (out,) = repeated.again(False, rows[0], layers, *shared, *how)
+            given = rows[0].data_ptr()
+            for (ours, names), (theirs, by_parts), x, result in zip(
+                each(started(), shared, layers), expected, rows, rows[1:]
+            ):
+                assert ours == theirs
+                addresses = {number: address for address, number in names.items()}
+                assert addresses[by_parts[x.data_ptr()]] == given
+                given = addresses[by_parts[result.data_ptr()]]
+            assert given == out.data_ptr() and out.shape == rows[0].shape
+        for others in ((first, shifted), (first, narrow), (first, second[:-1])):
+            assert repeated.again(False, rows[0], others, *shared, *how) == () == tuple(started())
 print("the same")
 
 # What the host saves, in the best of several turns, where every batch has other rows than the one before.
@@ -211,7 +249,7 @@ def test_what_cannot_be_repeated_is_not(monkeypatch):
             _launch._noting.launches.append((None, 1, (*inputs, *args, result)))
             return (result,)
 
-        return noted(inputs[:1], inputs[1:], compute)[1] is not None
+        return noted(inputs[:1], (), inputs[1:], compute)[1] is not None
 
     assert repeatable((x, y), z)
     assert repeatable((x, y), z, between, 3, 0.5, None)

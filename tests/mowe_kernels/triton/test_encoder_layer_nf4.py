@@ -88,6 +88,13 @@ with _launch.assume(_launch.ARCHITECTURES[90]):
             expected = run(parts, parameters, count, how)
             assert len(expected) == 7
             assert run(repeated, parameters, count, how) == expected
+        # Several at once, unless they differ.
+        x, offsets = torch.zeros(39, D, dtype=torch.bfloat16), torch.tensor([0, 9, 39], dtype=torch.int32)
+        given = offsets, offsets.clone(), *how
+        (out,) = repeated.again(x, [first, second, first], *given)
+        assert out.shape == x.shape and len(started()) == 3 * 7
+        for others in ((first, narrow), (first, plain), (first, coarse)):
+            assert repeated.again(x, others, *given) == () == tuple(started())
         for _ in range(2):
             assert run(repeated, first, 40, how, torch.int64) == run(parts, first, 40, how, torch.int64)
     assert len(_layers._kept) == 14 and all(_layers._kept.values())

@@ -30,7 +30,7 @@ def note():
     def compute():
         gemm._start(0, Programs(64, 16, 1), (a, w, None, offsets, None, None, None, None, out, 64))
         return (out,)
-    return noted(inputs[:1], inputs[1:], compute)[1]
+    return noted(inputs[:1], (), inputs[1:], compute)[1]
 
 def made(programs=5):
     (launch,) = started()
@@ -109,7 +109,7 @@ matrix = Matrix(Address(1, 256), type=9, swizzle=3, itemsize=2, shape=(64, 32), 
 x, out = torch.zeros(3), torch.zeros(0, 2, dtype=torch.float16)
 like_x, like_out = Layout((3,), x.dtype), Layout((0, 2), out.dtype)
 launch = Launch(1, 2, 0, 2, 64, 1024, (matrix, Value(2**32 - 1, 4), Rows(8)))
-program = Program([launch], [like_x, like_x], [like_out], 3, 0, -1)
+program = Program([launch], [like_x, like_x], 1, [like_out], 3, 0, -1)
 (result,) = program([x, x], 7)
 assert (result.shape, result.dtype) == (out.shape, out.dtype)
 (launch,) = started()
@@ -142,7 +142,7 @@ def test_without_a_driver_nobody_knows_a_kernels_parameters():
 def test_without_room_torchs_own_error_is_raised():
     x = torch.zeros(3)
     like_x = Layout((OF_BATCH,), x.dtype)
-    (result,) = Program([], [like_x], [like_x], 3, 0, -1)([x], 0)
+    (result,) = Program([], [like_x], 1, [like_x], 3, 0, -1)([x], 0)
     assert result.shape == x.shape
     with pytest.raises(torch.OutOfMemoryError, match="out of memory for the results and temporaries of a layer"):
-        Program([], [like_x], [like_x], 3, 2**62, -1)([x], 0)
+        Program([], [like_x], 1, [like_x], 3, 2**62, -1)([x], 0)
