@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Sequence
 from ctypes import c_int, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 from functools import cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +19,7 @@ _SCALAR_TYPES = {
     torch.uint8: 0, torch.int32: 3, torch.int64: 4, torch.float16: 5, torch.float32: 6, torch.bfloat16: 15,
 }  # fmt: skip
 """As torch numbers them."""
+_ARGUMENT = "iiQ"  # the fields of an `_Argument`, for `struct`
 _MOST_PARAMETERS = 64  # of a kernel
 OF_BATCH = -1
 """In the place of a size: the number of rows of a batch, the first size of the first of a program's inputs."""
@@ -141,12 +144,13 @@ class Program:
     ):
         matrices: list[_Matrix] = []
         arguments = [_described(argument, matrices) for launch in launches for argument in launch.arguments]
+        packed = struct.pack("<" + len(arguments) * _ARGUMENT, *chain.from_iterable(arguments))
         self.num_matrices = len(matrices)
         self._program = _Program(
             (_Layout * len(inputs))(*map(_layout, inputs)),
             (_Layout * len(results))(*map(_layout, results)),
             (_Launch * len(launches))(*((*launch[:-1], len(launch.arguments)) for launch in launches)),
-            (_Argument * len(arguments))(*arguments),
+            (_Argument * len(arguments)).from_buffer_copy(packed),  # ctypes takes long to turn each into one
             (_Matrix * len(matrices))(*matrices),
             most_rows,
             size,
@@ -177,6 +181,7 @@ def available() -> bool:
     return csrc.available()
 
 
+@cache
 def parameter_sizes(function: int) -> list[int] | None:
     """Bytes of each parameter of a kernel; None where the driver cannot say."""
     sizes = (c_size_t * _MOST_PARAMETERS)()
@@ -197,7 +202,8 @@ def _layout(layout: Layout) -> Any:
     return (c_int64 * dims)(*layout.shape), dims, _SCALAR_TYPES[layout.dtype], layout.aligned
 
 
-def _described(argument: Argument, matrices: list[_Matrix]) -> Any:
+def _described(argument: Argument, matrices: list[_Matrix]) -> tuple[int, int, int]:
+    """The fields of an `_Argument`."""
     value, address, matrix, rows = range(4)
     if isinstance(argument, Value):
         return value, 0, argument.bits

@@ -13,6 +13,7 @@ SCRIPT = """
 import ctypes
 import threading
 import torch
+from mowe_kernels.csrc.launch import parameter_sizes
 from mowe_kernels.triton import _gemm, _launch
 from mowe_kernels.triton._descriptors import operands
 from mowe_kernels.triton._launch import Launch, Programs
@@ -91,6 +92,7 @@ fake().fake_error(0)
 # A kernel that would be given something it does not take is left to Triton.
 known = next(iter(gemm._known.values()))
 fake().fake_parameters(ctypes.c_uint64(known.function), 3, (ctypes.c_size_t * 3)(8, 8, 8))
+parameter_sizes.cache_clear()
 assert note() is None
 """
 
