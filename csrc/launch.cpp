@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <exception>
+#include <mutex>
 #include <type_traits>
 #include <unordered_map>
 #include <vector>
@@ -23,6 +24,7 @@ using torch::stable::Tensor;
 // The driver's functions by their types in cuda.h: CUresult, CUdevice and enumerations are int, what it opens is void*.
 struct Driver {
   int (*get_current)(void** context);
+  int (*get_context_device)(int* device);
   int (*get_device)(int* device, int ordinal);
   int (*retain)(void** context, int device);
   int (*set_current)(void* context);
@@ -44,6 +46,7 @@ struct Driver {
       found = found && function != nullptr;
     };
     find(get_current, "cuCtxGetCurrent");
+    find(get_context_device, "cuCtxGetDevice");
     find(get_device, "cuDeviceGet");
     find(retain, "cuDevicePrimaryCtxRetain");
     find(set_current, "cuCtxSetCurrent");
@@ -79,7 +82,7 @@ struct Matrix {  // of which a descriptor (TMA) is made: row-major
   Argument address;
 };
 
-struct Launch {  // (rows // block + more) * times programs
+struct Launch {  // (rows // block + more) * times programs; of a fixed number, no batch has as many rows as `block`
   void* function;
   uint32_t block, more, times, threads, shared, arguments;
 };
@@ -108,14 +111,27 @@ struct alignas(128) TensorMap {
   uint64_t opaque[16];
 };
 
-// Makes the context of a device current, which it is not in a thread that has not used CUDA yet or uses another device.
+// The context of a device by its number, of which there is one for the whole process.
+int primary_context(int ordinal, void** context) {
+  static std::mutex mutex;
+  static std::unordered_map<int, void*> contexts;
+  const std::lock_guard<std::mutex> lock(mutex);
+  void*& kept = contexts[ordinal];
+  int device = 0, error = 0;
+  if (!kept && !(error = driver().get_device(&device, ordinal))) error = driver().retain(&kept, device);
+  *context = kept;
+  return error;
+}
+
+// Has a context of the device be current, which none is in a thread that has not used CUDA yet or uses another device.
 // other: the context to go back to; null where there is none.
 int enter(int ordinal, void** other) {
-  thread_local std::unordered_map<int, void*> contexts;
-  void *&own = contexts[ordinal], *before = nullptr;
-  int device = 0, error = driver().get_current(&before);
-  if (!error && !own && !(error = driver().get_device(&device, ordinal))) error = driver().retain(&own, device);
-  if (error || before == own) return error;
+  void *before = nullptr, *own = nullptr;
+  int device = 0, current = 0, error = driver().get_current(&before);
+  if (!error && before) error = driver().get_context_device(&current);
+  if (!error) error = driver().get_device(&device, ordinal);
+  if (error || (before && current == device)) return error;
+  if ((error = primary_context(ordinal, &own))) return error;
   *other = before;
   return driver().set_current(own);
 }
@@ -179,26 +195,26 @@ Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef siz
 // The results for inputs that lie as those did of which the program was made, whatever the rows up to its most; none
 // for others. Behind the last inputs may follow those of further layers, each of which gets the first result of the one
 // before it in the place of the first input.
-std::vector<Tensor> launch_again(int64_t address, const std::vector<Tensor>& inputs, int64_t stream) {
+std::vector<Tensor> launch_layers(int64_t address, const std::vector<Tensor>& inputs, int64_t stream) {
   const Program& program = *reinterpret_cast<const Program*>(address);
-  const int count = static_cast<int>(inputs.size()), shared = program.num_inputs - program.num_of_layer;
-  if (count < program.num_inputs || (count - shared) % program.num_of_layer || inputs[0].dim() == 0) return {};
+  const int count = static_cast<int>(inputs.size()), of_all = program.num_inputs - program.num_of_layer;
+  if (count < program.num_inputs || (count - of_all) % program.num_of_layer || inputs[0].dim() == 0) return {};
   const int64_t rows = inputs[0].size(0);
   if (rows > program.most_rows) return {};
   for (int i = 0; i < count; ++i) {
-    const int place = i < shared ? i : shared + (i - shared) % program.num_of_layer;
+    const int place = i < of_all ? i : of_all + (i - of_all) % program.num_of_layer;
     if (!fits(inputs[i], program.inputs[place], rows, program.device)) return {};
   }
 
   const Tensor memory = allocate(inputs[0], {&program.bytes, 1}, static_cast<int32_t>(ScalarType::Byte));
   Tensor x = inputs[0];
   std::vector<Tensor> results;
-  for (int layer = shared; layer < count; layer += program.num_of_layer) {
+  for (int layer = of_all; layer < count; layer += program.num_of_layer) {
     std::vector<uint64_t> addresses;  // of the inputs, of the results that are not empty, of the temporaries
     auto lies = [&](const Tensor& tensor) { addresses.push_back(reinterpret_cast<uint64_t>(tensor.data_ptr())); };
     if (!results.empty()) x = results[0];
     lies(x);
-    for (int i = 1; i < shared; ++i) lies(inputs[i]);
+    for (int i = 1; i < of_all; ++i) lies(inputs[i]);
     for (int i = 0; i < program.num_of_layer; ++i) lies(inputs[layer + i]);
     results.clear();
     for (int i = 0; i < program.num_results; ++i) {
@@ -228,8 +244,8 @@ extern "C" __attribute__((visibility("default"))) int mowe_parameters(void* func
   return count;
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(mowe, m) { m.def("launch_again(int program, Tensor[] inputs, int stream) -> Tensor[]"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(mowe, m) { m.def("launch_layers(int program, Tensor[] inputs, int stream) -> Tensor[]"); }
 
 STABLE_TORCH_LIBRARY_IMPL(mowe, CompositeExplicitAutograd, m) {
-  m.impl("launch_again", TORCH_BOX(&mowe::launch_again));
+  m.impl("launch_layers", TORCH_BOX(&mowe::launch_layers));
 }

@@ -123,10 +123,7 @@ class StackedLayer(GradientCheckpointingLayer):
 
 def through(layers: Sequence[StackedLayer], x: Tensor, rows: Level) -> Tensor:
     """[R, D] -> [R, D], one layer after the other; asked for together where nobody looks in between."""
-    parameters = None
-    if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or any(map(_watched, layers))):
-        parameters = [_at_hand([layer._modules[name] for name in _PARTS], x) for layer in layers]
-    if parameters and all(parameters):
+    if parameters := None if torch.is_grad_enabled() or torch.compiler.is_compiling() else _of_all(layers, x):
         offsets, how = layers[0].asked(rows)
         return encoder_layers(x, parameters, *offsets, **how)
     for layer in layers:
@@ -134,10 +131,23 @@ def through(layers: Sequence[StackedLayer], x: Tensor, rows: Level) -> Tensor:
     return x
 
 
+def _of_all(layers: Sequence[StackedLayer], x: Tensor) -> list[Any]:
+    """The parameters of layers that differ in nothing else; none where one must be called or has none at hand."""
+    found, kinds = [], set()
+    for layer in layers:
+        parameters = None if _watched(layer) else _at_hand([layer._modules[name] for name in _PARTS], x)
+        if parameters is None:
+            return []
+        found.append(parameters)
+        kinds.add((layer.heads, layer.pre_norm, layer.eps, layer.key_bias))
+    return found if len(kinds) == 1 else []
+
+
 def _watched(layer: nn.Module) -> bool:
     """Whether somebody wants to know of the layer's calls, or has put something else in its place."""
     hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
-    return type(layer) is not StackedLayer or "forward" in layer.__dict__ or any(hooks) or _has_any_global_hook()
+    replaced = type(layer) is not StackedLayer or "forward" in layer.__dict__ or layer._compiled_call_impl is not None
+    return replaced or any(hooks) or bool(_has_any_global_hook())
 
 
 def _at_hand(parts: Sequence[Any], x: Tensor) -> LayerParameters | Nf4LayerParameters | None:

@@ -38,7 +38,7 @@ def available(device: str = "cpu") -> bool:
         try:
             torch.ops.load_library(library)
             ops = torch.ops.mowe
-            if hasattr(ops, "launch_again") and all(
+            if hasattr(ops, "launch_layers") and all(  # called otherwise where programs are written otherwise
                 hasattr(getattr(ops, op), "csrc") for op in OPS if op != "route_topk"
             ):
                 return True

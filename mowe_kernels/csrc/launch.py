@@ -128,7 +128,7 @@ class Program:
 
     Addresses are told by their places among the inputs, the results that are not empty, and one piece of memory of so
     many bytes, `size`, for all else of a batch of at most `most_rows` rows. of_layer: how many of the inputs, from the
-    last one back, every layer has of its own. device: of the tensors, -1 for the host.
+    last one back, every layer has of its own, at least one. device: of the tensors, -1 for the host.
     num_matrices: how many descriptors are made each time.
     """
 
@@ -159,7 +159,7 @@ class Program:
             *map(len, (results, launches, matrices)),
             device,
         )
-        self._address, self._launch = ctypes.addressof(self._program), torch.ops.mowe.launch_again.default
+        self._address, self._launch = ctypes.addressof(self._program), torch.ops.mowe.launch_layers.default
 
     def __call__(self, inputs: list[Tensor], stream: int) -> list[Tensor]:
         """The results, launched on a stream of the device; none where the inputs lie otherwise.

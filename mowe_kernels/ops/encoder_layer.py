@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mowe_kernels.backend import implementation
 from mowe_kernels.ops import grouped_layer_norm, grouped_linear, grouped_mlp, varlen_attention
-from mowe_kernels.ops._op import check, check_offsets, check_shape, needs_grad, traced
+from mowe_kernels.ops._op import check, check_offsets, check_shape, launched_again, needs_grad, traced
 from mowe_kernels.reference import encoder_layer as reference
 
 
@@ -84,7 +84,7 @@ def encoder_layer(
 def _forward(
     saves: bool, x: Tensor, parameters: Sequence[Tensor], group_offsets: Tensor, cu_seqlens: Tensor, how: tuple
 ) -> Sequence[Tensor]:
-    if results := _again(saves, x, (parameters,), group_offsets, cu_seqlens, how):
+    if results := launched_again("encoder_layer", x, saves, (parameters,), group_offsets, cu_seqlens, *how):
         return results
     _check(x, LayerParameters(*parameters), group_offsets, cu_seqlens, how[1])
     module = implementation("encoder_layer", (x,))
@@ -96,20 +96,9 @@ def again(
 ) -> Sequence[Tensor]:
     """What one layer after the other gives where their launches are known and nobody wants a gradient; else nothing."""
     tensors = [x, *chain.from_iterable(layers)]
-    known = not traced(*tensors) and not needs_grad(*tensors)
-    return _again(False, x, layers, group_offsets, cu_seqlens, how) if known else ()
-
-
-def _again(
-    saves: bool,
-    x: Tensor,
-    layers: Sequence[Sequence[Tensor]],
-    group_offsets: Tensor,
-    cu_seqlens: Tensor,
-    how: tuple,
-) -> Sequence[Tensor]:
-    launched = getattr(implementation("encoder_layer", (x,)), "again", None)
-    return launched(saves, x, layers, group_offsets, cu_seqlens, *how) if launched else ()
+    if traced(*tensors) or needs_grad(*tensors):
+        return ()
+    return launched_again("encoder_layer", x, False, layers, group_offsets, cu_seqlens, *how)
 
 
 class _Layer(torch.autograd.Function):

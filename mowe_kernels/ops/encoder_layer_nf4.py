@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mowe_kernels.backend import implementation
 from mowe_kernels.ops import grouped_layer_norm, grouped_linear_nf4, varlen_attention
-from mowe_kernels.ops._op import check, check_offsets, check_shape, needs_grad, traced
+from mowe_kernels.ops._op import check, check_offsets, check_shape, launched_again, needs_grad, traced
 from mowe_kernels.ops.grouped_linear_nf4 import as_taken
 from mowe_kernels.ops.nf4_dequantize_grouped import Nf4Matrix
 from mowe_kernels.reference import encoder_layer_nf4 as reference
@@ -66,7 +66,7 @@ def encoder_layer_nf4(
     if needs_grad(x, *tensors):
         raise ValueError("encoder_layer_nf4: has no gradient; dequantise the weights and use encoder_layer")
     is_traced = traced(x, *tensors)
-    if not is_traced and (results := _again(x, [taken], group_offsets, cu_seqlens, how)):
+    if not is_traced and (results := launched_again("encoder_layer_nf4", x, [taken], group_offsets, cu_seqlens, *how)):
         return results[0]
     _check(x, parameters, group_offsets, cu_seqlens, heads)
     about = x, tensors, matrices, group_offsets, cu_seqlens, *how
@@ -81,23 +81,13 @@ def again(
     """As that of `encoder_layer`."""
     taken = [_taken(parameters) for parameters in layers]
     tensors = [x, *(tensor for parameters, _ in taken for tensor in parameters)]
-    known = not traced(*tensors) and not needs_grad(*tensors)
-    return _again(x, taken, group_offsets, cu_seqlens, how) if known else ()
+    if traced(*tensors) or needs_grad(*tensors):
+        return ()
+    return launched_again("encoder_layer_nf4", x, taken, group_offsets, cu_seqlens, *how)
 
 
 def _taken(parameters: Nf4LayerParameters) -> tuple[Sequence[Tensor], list[reference.Matrix]]:
     return parameters[:8], [as_taken(matrix) for matrix in parameters[8:]]
-
-
-def _again(
-    x: Tensor,
-    layers: Sequence[tuple[Sequence[Tensor], list[reference.Matrix]]],
-    group_offsets: Tensor,
-    cu_seqlens: Tensor,
-    how: tuple,
-) -> Sequence[Tensor]:
-    launched = getattr(implementation("encoder_layer_nf4", (x,)), "again", None)
-    return launched(x, layers, group_offsets, cu_seqlens, *how) if launched else ()
 
 
 def _check(x: Tensor, parameters: Nf4LayerParameters, group_offsets: Tensor, cu_seqlens: Tensor, heads: int) -> None:

@@ -23,8 +23,12 @@ def encoder_layers(
     key_bias: bool = True,
     equal_lengths: bool = False,
 ) -> Tensor:
-    """`encoder_layer` or `encoder_layer_nf4` of one layer after the other, which share the offsets and all that is no
-    parameter.
+    """`encoder_layer` or `encoder_layer_nf4` of one layer after the other.
+
+    x: [R, D] packed rows. layers: the parameters of each. The others: as for `encoder_layer`, the same for all; what is
+    in 4 bits has no gradient that `key_bias` could say anything of.
+    Returns [R, D] in the type of x, x itself without layers; rows past group_offsets[-1] are unspecified.
+    Raises ValueError as those two do.
 
     Where a GPU has launched such a layer before and nobody wants a gradient, all are launched together: over few rows
     that takes the host a fraction of the time it takes for each on its own.

@@ -167,7 +167,7 @@ def store_sum(value, p_parts, p_out, at, there, group, part, in_parts, SIZE: tl.
 
 
 # p_g: [R, N]. p_x: [R, K]. p_offsets: int32 [E+1]. p_weight: [E, N, K]. p_bias: [E, N].
-# p_weight_parts: fp32 [2 * R // chunk, N, K]. p_bias_parts: fp32 [2 * R // chunk, N].
+# p_weight_parts: fp32, at least [2 * R // chunk, N, K]. p_bias_parts: fp32, at least [2 * R // chunk, N].
 @triton.jit(do_not_specialize=["chunk"], do_not_specialize_on_alignment=["p_offsets"])
 def grouped_wgrad_kernel(
     p_g,
@@ -220,7 +220,7 @@ def grouped_wgrad_kernel(
         store_sum(tl.sum(sums, 0), p_bias_parts, p_bias, ns, ns < N, group, part, in_parts, N)
 
 
-# p_parts: fp32 [2 * R // chunk, M]. p_offsets: int32 [E+1]. p_out: [E, M].
+# p_parts: fp32, at least [2 * R // chunk, M]. p_offsets: int32 [E+1]. p_out: [E, M].
 @triton.jit(do_not_specialize=["chunk"], do_not_specialize_on_alignment=["p_offsets"])
 def grouped_wgrad_reduce_kernel(p_parts, p_offsets, p_out, chunk, M: tl.constexpr, BLOCK: tl.constexpr):
     """The sum of the parts of every group that has more than one."""

@@ -302,8 +302,8 @@ def current_stream(device: int) -> int:
 @contextmanager
 def noting() -> Iterator[list[tuple[Started, int, tuple[Any, ...]]]]:
     """Write down the launches this thread makes on a GPU inside the `with` block: how, how many programs, with what.
-    Those of a batch of another size are made of them, if nothing in them but `Programs` and arguments called "num_rows"
-    depends on the number of rows otherwise than by what it is `alike` to.
+    They may depend on the exact number of rows only through `Programs`, arguments called "num_rows", descriptors and
+    sizes of tensors that have the batch's rows; all else through the number `alike`.
     """
     before, launches = getattr(_noting, "launches", None), []
     _noting.launches = launches

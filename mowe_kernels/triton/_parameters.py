@@ -14,7 +14,7 @@ from mowe_kernels.triton._launch import Programs, Started
 WARP = 32  # threads
 _PACKED = {"i32": "<i", "i64": "<q", "fp32": "<f"}
 _NOTHING = Value(0, 8)
-_MORE_ROWS = 2**31 - 1  # than any batch has
+_MORE_ROWS = 2**31 - 1  # than any batch has: as the `block` of a grid, it makes a fixed one
 
 
 class Places(NamedTuple):

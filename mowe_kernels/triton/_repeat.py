@@ -53,9 +53,9 @@ def noted(
     over one another where no launch sees both.
 
     of_batch: inputs that have as many rows as the batch, along the first axis of the first one, and in the others along
-    the first axis of that size. shared, of_layer: inputs without such rows, of all layers and of one.
-    results_of_batch: how many of the results, from the first on, have these rows; all without. Memory of temporaries is
-    to grow no faster than the number of rows.
+    the first axis of that size, which no axis before may have. shared, of_layer: inputs without such rows, of all
+    layers and of one. results_of_batch: how many of the results, from the first on, have these rows; all without.
+    Memory of temporaries is to grow no faster than the number of rows.
     None where it cannot be: there is no compiled library, an argument is neither a tensor, the descriptor of one that
     was seen, a number nor left out, two of the tensors begin at one address, temporaries take too much memory, or a
     kernel is not started by its arguments alone.

@@ -18,7 +18,7 @@ _FC1 = 8  # its weight among the parameters, which tells encoders of one width a
 def forward(parts: reference.Parts, *given: Any) -> Sequence[Tensor]:
     """As the reference."""
     saves, x, parameters, *others = given
-    asked = _asked(saves, x, (parameters,), *others)
+    asked = _asked(x, saves, (parameters,), *others)
     return _layers.again(asked) or _layers.computed(partial(reference.forward, parts, *given), asked)
 
 
@@ -48,6 +48,6 @@ def backward(
 
 
 def _asked(
-    saves: bool, x: Tensor, layers: Sequence[Sequence[Tensor]], group_offsets: Tensor, cu_seqlens: Tensor, *how: Any
+    x: Tensor, saves: bool, layers: Sequence[Sequence[Tensor]], group_offsets: Tensor, cu_seqlens: Tensor, *how: Any
 ) -> Asked:
     return Asked("forward", (saves, layers[0][_FC1].shape), how, [x], [group_offsets, cu_seqlens], layers)

@@ -73,7 +73,7 @@ def grouped_layer_norm_fwd_kernel(
 
 
 # p_grad, p_x, p_residual, p_grad_x: [R, D]. p_weight, p_bias: [E, D]. p_offsets: int32 [E+1].
-# p_parts: fp32 [R // chunk + E, 2, D].
+# p_parts: fp32, at least [R // chunk + E, 2, D].
 @triton.jit(do_not_specialize=["chunk"], do_not_specialize_on_alignment=["p_offsets"])
 def grouped_layer_norm_bwd_kernel(
     p_grad,
@@ -130,7 +130,7 @@ def grouped_layer_norm_bwd_kernel(
         tl.store(part + D, tl.sum(grad_bias, 0), mask=cols < D)
 
 
-# p_parts: fp32 [R // chunk + E, 2, D]. p_offsets: int32 [E+1]. p_grad_weight, p_grad_bias: [E, D].
+# p_parts: fp32, at least [R // chunk + E, 2, D]. p_offsets: int32 [E+1]. p_grad_weight, p_grad_bias: [E, D].
 @triton.jit(do_not_specialize=["chunk"], do_not_specialize_on_alignment=["p_offsets"])
 def grouped_layer_norm_bwd_reduce_kernel(
     p_parts,

@@ -90,6 +90,9 @@ WGRAD_MIN_CHUNK = 512
 REDUCE_BLOCK = 1024
 EPILOGUE_ROWS = 8
 BAND = 8  # row tiles walked together
+# Programs that stay compute for nothing what has no rows, at most a row tile of each encoder: of so many for each
+# encoder on average, that is little (our choice).
+ROW_TILES_TO_STAY = 8
 
 
 def forward(
@@ -171,7 +174,7 @@ def gemm(
     """
     rows, k = a.shape
     experts, n = weight.shape[0], out.shape[1]
-    tile, described, resident = _gemm_choice(a.device, a.dtype, alike(rows), n, k, transposed)
+    tile, described, resident = _gemm_choice(a.device, a.dtype, alike(rows), experts, n, k, transposed)
     matrices, tma = (a, weight), False
     if described:
         block = (tile.depth, tile.cols) if transposed else (tile.cols, tile.depth)
@@ -183,13 +186,15 @@ def gemm(
 
 @remembered
 def _gemm_choice(
-    device: torch.device, dtype: torch.dtype, rows: int, n: int, k: int, transposed: bool
+    device: torch.device, dtype: torch.dtype, rows: int, experts: int, n: int, k: int, transposed: bool
 ) -> tuple[Tile, bool, int]:
     """The block of a program, whether it is fetched through descriptors, and how many programs compute all blocks, 0
     where each computes one.
     """
     found = hardware(device)
     tile = gemm_tile(found, dtype, rows, n, k)
+    if tile.per_sm and rows // tile.rows < setting("row_tiles_to_stay", ROW_TILES_TO_STAY) * experts:
+        tile = newest(TILES, found, dtype)[0]
     whole = not transposed or k % tile.depth == 0  # else a descriptor reads on into the next encoder's weights
     return tile, whole and worth_describing(found, rows * n * k), tile.per_sm * found.num_sms
 
@@ -285,8 +290,13 @@ def tunings(device: torch.device, rows: int) -> Iterator[Tuning]:
     up_bias, down, down_bias = (part.contiguous() for part in (up[:, :, 0], up.mT, up[:, 0]))
     offsets = torch.arange(9, dtype=torch.int32, device=device) * (rows // 8)
 
-    # Whether the last tiles fill the multiprocessors is luck: several numbers of rows have less of it.
+    # Whether the last tiles fill the multiprocessors is luck: several numbers of rows have less of it. Not always does
+    # every encoder have some.
+    every_other = offsets.view(-1)[[0, 2, 2, 4, 4, 6, 6, 8, 8]]
     several = [(part * rows // 128, part * offsets // 128) for part in (100, 106, 111, 117, 123, 128)]
+    several[1::2] = [(count, every_other * count // rows) for count, _ in several[1::2]]
+
+    candidates = CANDIDATES + PERSISTENT_CANDIDATES * (hardware(device).capability >= TMA_SINCE)
 
     def widen(count: int, offsets: Tensor) -> Tensor:
         return forward(x[:count], up, up_bias, offsets, None, None, "gelu", False)[0]
@@ -295,8 +305,8 @@ def tunings(device: torch.device, rows: int) -> Iterator[Tuning]:
         return forward(hidden[:count], down, down_bias, offsets, x[:count], None, "", False)[0]
 
     for blocks, multiply in (("many shallow blocks", widen), ("many blocks", narrow)):
-        call = lambda m=multiply: [m(*of) for of in several][-1]  # noqa: E731
-        yield Tuning("gemm_tile", f"16 bits, {blocks}", CANDIDATES + PERSISTENT_CANDIDATES, call)
+        call = partial(lambda m: [m(*of) for of in several][-1], multiply)
+        yield Tuning("gemm_tile", f"16 bits, {blocks}", candidates, call)
     few = partial(widen, rows // 128, offsets // 128)
     yield Tuning("gemm_tile", "16 bits, few blocks", FEW_CANDIDATES, few)
     yield Tuning("wgrad_tile", "16 bits", CANDIDATES, lambda: wgrad(hidden, x, up, offsets, True, True)[0])
@@ -325,5 +335,10 @@ def compilations(capability: int) -> Iterator[Compilation]:
         }
     yield from recorded(capability, calls)
     if capability >= TMA_SINCE:
+        grad, x, weight, offsets, *_ = calls["gradients of fc1 of tiny"].args
+        calls = {
+            "fc1 of tiny, block after block": calls["fc1 of tiny"],
+            "gradient through fc1 of tiny, block after block": partial(gemm, grad, weight, offsets, x, transposed=True),
+        }
         with override(gemm_tile=PERSISTENT_CANDIDATES[0]):
-            yield from recorded(capability, {"fc1 of tiny, block after block": calls["fc1 of tiny"]})
+            yield from recorded(capability, calls)

@@ -53,31 +53,36 @@ class Case(NamedTuple):
 
 def cases(size: Size, device: torch.device) -> dict[str, list[Case]]:
     """By op, on a device."""
-    made = _Maker(size, device)
+    from mowe_kernels.triton.grouped_linear import Tile
+
+    made = partial(_Maker, size, device)  # every case draws its own numbers
+    programs_stay = {"gemm_tile": Tile(64, 64, 32, 4, 3, per_sm=1), "row_tiles_to_stay": 0, "tma_products": 0}
     return {
         "grouped_linear": [
-            *(made.linear(), made.linear(("bias",), "gelu"), made.linear(("bias", "residual"))),
-            made.linear(("bias", "row_scale"), "gelu"),
-            made.linear(("bias",), "gelu")._replace(settings=EVEN_FOR_FEW_ROWS),
+            *(made().linear(), made().linear(("bias",), "gelu"), made().linear(("bias", "residual"))),
+            made().linear(("bias", "row_scale"), "gelu"),
+            made().linear(("bias",), "gelu")._replace(settings=EVEN_FOR_FEW_ROWS),
+            made().linear(("bias", "residual"), "gelu")._replace(settings=programs_stay),
         ],
-        "grouped_linear_nf4": [made.linear_nf4(False), made.linear_nf4(True)],
-        "grouped_layer_norm": [made.layer_norm("gelu")],
+        "grouped_linear_nf4": [made().linear_nf4(False), made().linear_nf4(True)],
+        "grouped_layer_norm": [made().layer_norm("gelu")],
         "grouped_mlp": [
-            *(made.mlp(size.width), made.mlp(2 * size.width)),
-            made.mlp(size.width)._replace(settings=EVEN_FOR_FEW_ROWS),
+            *(made().mlp(size.width), made().mlp(2 * size.width)),
+            made().mlp(size.width)._replace(settings=EVEN_FOR_FEW_ROWS),
+            made().mlp(2 * size.width)._replace(settings=programs_stay),
         ],
-        "varlen_attention": [made.attention(size.heads), made.attention(max(1, size.heads // 2))],
+        "varlen_attention": [made().attention(size.heads), made().attention(max(1, size.heads // 2))],
         "grouped_conv1d": [
-            made.conv(size.channels, 3, 2, 1, 1, ("bias", "positions")),
-            made.conv(size.width, 4, 1, 2, 2, ("bias", "residual")),
+            made().conv(size.channels, 3, 2, 1, 1, ("bias", "positions")),
+            made().conv(size.width, 4, 1, 2, 2, ("bias", "residual")),
         ],
-        "sequence_norm": [made.sequence_norm()],
-        "sequence_mean": [made.sequence_mean()],
-        "mixture_project": [made.project(3, 2, 1), made.project(4, 4, 0), made.project_of_many(3, 2, 1)],
-        "varlen_stft": [made.stft(0), made.stft(max(size.rows) * HOP)],
-        "varlen_log_mel": [made.log_mel(0), made.log_mel(50)],
-        "route_topk": [made.route()],
-        "pack_plan": [made.plan()],
+        "sequence_norm": [made().sequence_norm()],
+        "sequence_mean": [made().sequence_mean()],
+        "mixture_project": [made().project(3, 2, 1), made().project(4, 4, 0), made().project_of_many(3, 2, 1)],
+        "varlen_stft": [made().stft(0), made().stft(max(size.rows) * HOP)],
+        "varlen_log_mel": [made().log_mel(0), made().log_mel(50)],
+        "route_topk": [made().route()],
+        "pack_plan": [made().plan()],
     }
 
 

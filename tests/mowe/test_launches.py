@@ -62,18 +62,18 @@ def test_parameters_under_another_name():
 
 @torch.no_grad()
 def test_layers_are_asked_for_together(monkeypatch):
-    """Where nobody looks in between."""
+    """Where nobody looks in between and they are alike."""
     asked, seen = [], []
     layers, x = [layer(64).float() for _ in range(3)], torch.randn(8, 64)
-    expected = layers[2](layers[1](layers[0](x, rows()), rows()), rows())
 
     def encoder_layers(x: torch.Tensor, parameters: list, *given: object, **how: object) -> torch.Tensor:
         asked.append(len(parameters))
         return mowe_kernels.encoder_layers(x, parameters, *given, **how)
 
     def together() -> bool:
-        """Whether they were, for the same result."""
-        asked.clear()
+        """Whether they were, for the same result; `seen` is what was seen meanwhile."""
+        expected = layers[2](layers[1](layers[0](x, rows()), rows()), rows())
+        asked.clear(), seen.clear()
         assert torch.equal(through(layers, x, rows()), expected)
         return asked == [3]
 
@@ -81,20 +81,25 @@ def test_layers_are_asked_for_together(monkeypatch):
     assert together()
     with torch.enable_grad():
         assert not together()
-    for register, told in (
-        (layers[1].register_forward_hook, "after"),
-        (layers[1].register_forward_pre_hook, "before"),
-        (register_module_forward_hook, "any"),
+    for register in (
+        layers[1].register_forward_hook,
+        layers[1].register_forward_pre_hook,
+        register_module_forward_hook,
     ):
-        hook = register(lambda module, *_, told=told: seen.append(told) if module is layers[1] else None)
-        assert not together()
+        hook = register(lambda module, *_: seen.append("a call") if module is layers[1] else None)
+        assert not together() and seen == ["a call"]
         hook.remove()
-    assert seen == ["after", "before", "any"]
     forward = layers[1].forward
     layers[1].forward = lambda *given: seen.append("instead") or forward(*given)
-    assert not together() and seen[3:] == ["instead"]
+    assert not together() and seen == ["instead"]
     del layers[1].forward
+    layers[2].eps = 0.5
+    assert not together()
+    layers[0].eps = layers[1].eps = 0.5
     assert together()
+    layers[1].compile(backend=lambda graph, _: lambda *given: seen.append("compiled") or graph(*given))
+    assert not together() and "compiled" in seen
+    layers[1]._compiled_call_impl = None
     register_parametrization(layers[0].fc1, "weight", torch.nn.Identity())
     assert not together()
 

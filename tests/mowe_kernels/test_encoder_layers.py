@@ -46,6 +46,6 @@ def test_layers_that_are_known_are_launched_together(layers, monkeypatch):
     assert (encoder_layers(x, layers, at, at, max(SIZES), heads=HEADS) == 7).all() and len(asked) == 1
     # Nobody keeps there what a gradient would need.
     if layers is FULL:
-        monkeypatch.setattr(again, lambda saves, *given: asked.append(saves) or ())
+        monkeypatch.setattr(again, lambda x, saves, *given: asked.append(saves) or ())
         encoder_layers(x.requires_grad_(), layers, at, at, max(SIZES), heads=HEADS)
         assert asked[1:] == [True] * len(layers)

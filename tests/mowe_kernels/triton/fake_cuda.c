@@ -18,7 +18,9 @@ typedef struct {
 static struct { size_t count, sizes[PARAMETERS]; } kernels[KERNELS];
 static Note notes[NOTES];
 static int num_kernels, num_notes, error_of_launches, driver_version = 13000;
-static __thread void *context;
+static __thread void *context; /* any is of the first device but one */
+static void *launched_in;
+static void *const other = (void *)1;
 
 /* For the tests. A function is the number of its kernel, from 1 on. */
 void fake_parameters(uint64_t function, size_t count, const size_t *sizes) {
@@ -27,6 +29,7 @@ void fake_parameters(uint64_t function, size_t count, const size_t *sizes) {
 }
 void fake_error(int error) { error_of_launches = error; }
 void fake_version(int version) { driver_version = version; }
+void fake_launched_in(void **of_the_last_one) { *of_the_last_one = launched_in; }
 int fake_notes(const Note **first) {
   const int count = num_notes;
   *first = notes;
@@ -35,7 +38,8 @@ int fake_notes(const Note **first) {
 }
 
 int cuLaunchKernelEx(const Config *config, void *function, void **parameters, void **extra) {
-  if (context != kernels) return 201; /* CUDA_ERROR_INVALID_CONTEXT */
+  if (!context || context == other) return 201; /* CUDA_ERROR_INVALID_CONTEXT */
+  launched_in = context;
   if (error_of_launches) return error_of_launches;
   if (num_notes == NOTES) abort();
   Note *note = memset(&notes[num_notes++], 0, sizeof *note);
@@ -73,6 +77,7 @@ int cuGetErrorString(int error, const char **text) {
   return *text ? 0 : 1;
 }
 int cuCtxGetCurrent(void **current) { *current = context; return 0; }
+int cuCtxGetDevice(int *device) { *device = context == other; return 0; }
 int cuCtxSetCurrent(void *current) { context = current; return 0; }
 int cuDriverGetVersion(int *version) { *version = driver_version; return 0; }
 int cuDeviceGet(int *device, int ordinal) { *device = ordinal; return 0; }

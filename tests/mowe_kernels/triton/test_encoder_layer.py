@@ -96,7 +96,7 @@ class Torch(TorchDispatchMode):
     # Of its own, torch makes nothing but room: what else it launched would not be launched again.
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         name = op.overloadpacket.__name__
-        assert name in ("empty", "new_empty", "empty_like", "view", "expand", "select", "slice", "launch_again"), name
+        assert name in ("empty", "new_empty", "empty_like", "view", "expand", "select", "slice", "launch_layers"), name
         return op(*args, **(kwargs or {}))
 
 def run(module, parameters, count, how, needs, sequences=2, integers=torch.int32):
@@ -170,13 +170,13 @@ for pre_norm, products in itertools.product((True, False), (0, TMA_PRODUCTS)):
         for count in (38, 40):
             rows = [torch.zeros(count, D, dtype=torch.bfloat16)]
             shared = torch.tensor([0, 20, count], dtype=torch.int32), torch.tensor([0, 9, count], dtype=torch.int32)
-            assert count == 40 or repeated.again(False, rows[0], layers, *shared, *how) == () == tuple(started())
+            assert count == 40 or repeated.again(rows[0], False, layers, *shared, *how) == () == tuple(started())
             repeated.forward(FORWARD, False, rows[0], first, *shared, *how), started()
             with _launch.noting():
                 for parameters in layers:
                     rows += parts.forward(FORWARD, False, rows[-1], parameters, *shared, *how)
             expected = list(each(started(), shared, layers))
-            (out,) = repeated.again(False, rows[0], layers, *shared, *how)
+            (out,) = repeated.again(rows[0], False, layers, *shared, *how)
             given = rows[0].data_ptr()
             for (ours, names), (theirs, by_parts), x, result in zip(
                 each(started(), shared, layers), expected, rows, rows[1:]
@@ -187,7 +187,7 @@ for pre_norm, products in itertools.product((True, False), (0, TMA_PRODUCTS)):
                 given = addresses[by_parts[result.data_ptr()]]
             assert given == out.data_ptr() and out.shape == rows[0].shape
         for others in ((first, shifted), (first, narrow), (first, second[:-1])):
-            assert repeated.again(False, rows[0], others, *shared, *how) == () == tuple(started())
+            assert repeated.again(rows[0], False, others, *shared, *how) == () == tuple(started())
 print("the same")
 
 # What the host saves, in the best of several turns, where every batch has other rows than the one before.

@@ -6,7 +6,7 @@ import torch
 from mowe_kernels import grouped_linear, use_backend
 from mowe_kernels.triton import _descriptors
 from mowe_kernels.triton._launch import ARCHITECTURES, assume, override
-from mowe_kernels.triton.grouped_linear import Tile
+from mowe_kernels.triton.grouped_linear import ROW_TILES_TO_STAY, TILES, Tile, _gemm_choice
 from tests.mowe_kernels.checks import GROUPS, Inputs, normal, offsets, raises, rows_with_tail, table
 from tests.mowe_kernels.triton.accuracy import DEVICE, DTYPES, assert_as_accurate_as_torch
 
@@ -45,7 +45,7 @@ def op(sizes: tuple[int, ...], activation: str):
 
 
 SMALL = {"gemm_tile": Tile(16, 16, 16, 4, 2), "wgrad_tile": Tile(16, 16, 16, 4, 2), "wgrad_chunk": 6}
-PERSISTENT = {**SMALL, "gemm_tile": Tile(16, 16, 16, 4, 2, per_sm=1)}
+PERSISTENT = {**SMALL, "gemm_tile": Tile(16, 16, 16, 4, 2, per_sm=1), "row_tiles_to_stay": 0}
 
 
 @table(GROUPS, "sizes")
@@ -64,6 +64,14 @@ def test_programs_that_compute_block_after_block(sizes, shape):
     frozen = ("row_scale",) if sum(sizes) == 1 else ()
     with override(**PERSISTENT):
         assert_as_accurate_as_torch(op(sizes, "gelu"), inputs, sum(sizes), torch.float32, frozen)
+
+
+def test_programs_stay_where_few_blocks_are_computed_for_nothing():
+    encoders, staying = 4, Tile(128, 256, 64, 8, 3, per_sm=2)
+    least = 128 * ROW_TILES_TO_STAY * encoders
+    with assume(ARCHITECTURES[90]), override(gemm_tile=staying):
+        for rows, tile, programs in ((least - 1, TILES[16, 90][0], 0), (least, staying, 2 * 132)):
+            assert _gemm_choice(DEVICE, torch.bfloat16, rows, encoders, 1536, 384, False)[::2] == (tile, programs)
 
 
 @table(SHAPES, "shape")
@@ -111,7 +119,8 @@ def test_blocks_fetched_through_descriptors(dtype, n, per_sm, monkeypatch):
     describe = _descriptors._described
     monkeypatch.setattr(_descriptors, "_described", lambda *args: described.append(args) or describe(*args))
     block = Tile(128, 128, 64, 8, 3, per_sm)
-    with assume(ARCHITECTURES[90]._replace(num_sms=1)), override(tma_products=0, gemm_tile=block):
+    settings = override(tma_products=0, gemm_tile=block, row_tiles_to_stay=0)
+    with assume(ARCHITECTURES[90]._replace(num_sms=1)), settings:
         assert_as_accurate_as_torch(op(sizes, "gelu"), inputs, sum(sizes), dtype)
     assert len(described) == (4 if n % 64 == 0 else 2)  # forward and, where blocks end with the weights, backward
 

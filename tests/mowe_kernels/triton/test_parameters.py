@@ -60,15 +60,15 @@ for other in (flat[:4160].view(65, 64), x[:, :32], x.half(), flat[1:4097].view(6
     assert again([other, *inputs[1:]], 7) == []
 assert again([x, weight[:1], offsets], 7) == again(inputs[:2], 7) == [] and not started()
 
-# In the context of the device, where that of another one is current.
-own, current = ctypes.c_void_p(), ctypes.c_void_p()
+# In a context of the device: its own where that of another device is current, which is current again afterwards.
+own, current, used = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
 fake().cuCtxGetCurrent(ctypes.byref(own))
-fake().cuCtxSetCurrent(ctypes.c_void_p(1))
-(result,) = again(inputs, 7)
-assert len(started()) == 1
-fake().cuCtxGetCurrent(ctypes.byref(current))
-assert current.value == 1
-fake().cuCtxSetCurrent(own)
+for before, expected in ((1, own.value), (2, 2), (own.value, own.value)):
+    fake().cuCtxSetCurrent(ctypes.c_void_p(before))
+    again(inputs, 7)
+    fake().cuCtxGetCurrent(ctypes.byref(current))
+    fake().fake_launched_in(ctypes.byref(used))
+    assert (len(started()), current.value, used.value) == (1, before, expected)
 
 # A thread in which nobody has used the device yet.
 failed = []
