@@ -123,7 +123,8 @@ class StackedLayer(GradientCheckpointingLayer):
 
 def through(layers: Sequence[StackedLayer], x: Tensor, rows: Level) -> Tensor:
     """[R, D] -> [R, D], one layer after the other; asked for together where nobody looks in between."""
-    if parameters := None if torch.is_grad_enabled() or torch.compiler.is_compiling() else _of_all(layers, x):
+    parameters = [] if torch.is_grad_enabled() or torch.compiler.is_compiling() else _of_all(layers, x)
+    if parameters:
         offsets, how = layers[0].asked(rows)
         return encoder_layers(x, parameters, *offsets, **how)
     for layer in layers:

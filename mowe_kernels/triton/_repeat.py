@@ -62,27 +62,33 @@ def noted(
     """
     with noting() as launches:
         results = compute()
-    rows, others = of_batch[0].shape[0], (*shared, *of_layer)
-    given = (*of_batch, *others, *(result for result in results if result.numel()))
+    count = len(results) if results_of_batch is None else results_of_batch
+    with_rows, without = (of_batch, results[:count]), ((*shared, *of_layer), results[count:])
+    given = (*of_batch, *without[0], *(result for result in results if result.numel()))
     addresses = {tensor.data_ptr(): Address(place) for place, tensor in enumerate(given)}
     temporaries = _temporaries([args for _, _, args in launches], addresses)
     if len(addresses) < len(given) or temporaries is None or not launch.available():
         return results, None
-    most_rows = alike(rows)
-    sized = [each._replace(size=_aligned(cdiv(each.size * most_rows, rows))) for each in temporaries.values()]
-    offsets = laid_out(sized)
-    size = max((offset + each.size for offset, each in zip(offsets, sized, strict=True)), default=0)
-    moving, still = results[:results_of_batch], () if results_of_batch is None else results[results_of_batch:]
-    others_at = frozenset(tensor.data_ptr() for tensor in (*others, *still))
-    addresses |= {at: Address(len(given), offset) for at, offset in zip(temporaries, offsets, strict=True)}
-    steps = [as_launch(*launched, Places(rows, addresses, others_at)) for launched in launches]
+    rows = of_batch[0].shape[0]
+    offsets, size = _room(temporaries, rows)
+    addresses |= {address: Address(len(given), offset) for address, offset in offsets.items()}
+    places = Places(rows, addresses, frozenset(tensor.data_ptr() for tensors in without for tensor in tensors))
+    steps = [as_launch(*launched, places) for launched in launches]
     if size > MOST_BYTES or None in steps:
         return results, None
     inputs, outputs = (
-        [*(_layout(tensor, rows) for tensor in with_rows), *map(_layout, without)]
-        for with_rows, without in ((of_batch, others), (moving, still))
+        [*(_layout(tensor, rows) for tensor in moving), *map(_layout, still)]
+        for moving, still in zip(with_rows, without, strict=True)
     )
-    return results, Program(steps, inputs, len(of_layer), outputs, most_rows, size, of_batch[0].get_device())
+    return results, Program(steps, inputs, len(of_layer), outputs, alike(rows), size, of_batch[0].get_device())
+
+
+def _room(temporaries: dict[int, Temporary], rows: int) -> tuple[dict[int, int], int]:
+    """Where each begins, by its address, and the size of all, for the most rows that are alike."""
+    sized = [each._replace(size=_aligned(cdiv(each.size * alike(rows), rows))) for each in temporaries.values()]
+    offsets = laid_out(sized)
+    size = max((offset + each.size for offset, each in zip(offsets, sized, strict=True)), default=0)
+    return dict(zip(temporaries, offsets, strict=True)), size
 
 
 def _aligned(size: int) -> int:
