@@ -210,10 +210,10 @@ def next_power_of_2(n: int) -> int:
 
 
 def alike(rows: int) -> int:
-    """The number of rows that launch settings are chosen for: rounded up to three binary digits, a quarter more at
-    most, so that batches of other lengths are often launched alike.
+    """The number of rows that launch settings are chosen for: rounded up to three binary digits, or to a multiple of
+    1,024 where that is closer, so that batches of other lengths are often launched alike.
     """
-    step = 1 << max((rows - 1).bit_length() - 3, 0)
+    step = 1 << min(max((rows - 1).bit_length() - 3, 0), 10)
     return cdiv(rows, step) * step
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mowe_kernels.triton._launch import alike
 from tests.mowe_kernels.triton.no_gpu import needs_compiler, printed_by
 
 ON_THE_CPU = """
@@ -63,6 +64,14 @@ Launch(cases[0][0], **how, **cases[0][2])._start(0, 5, cases[0][1])
 assert len(started()) == len(heard) == 1
 print("the same")
 """
+
+
+def test_rows_are_rounded_up_by_a_quarter_at_most():
+    for rows in (*range(1, 3000), 8192, 8193, 50_990, 10**6 + 1):
+        most = alike(rows)
+        assert rows <= most <= rows + min(rows // 4, 1023) and alike(most) == most
+    assert len({alike(rows) for rows in range(1025, 8193)}) == 3 * 4
+    assert (alike(0), alike(50_990)) == (0, 51_200)
 
 
 @needs_compiler
