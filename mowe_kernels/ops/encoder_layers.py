@@ -30,17 +30,17 @@ def encoder_layers(
     Returns [R, D] in the type of x, x itself without layers; rows past group_offsets[-1] are unspecified.
     Raises ValueError as those two do.
 
-    Where a GPU has launched such a layer before and nobody wants a gradient, all are launched together: over few rows
-    that takes the host a fraction of the time it takes for each on its own.
+    Where a GPU has launched such a layer before, over few rows, and nobody wants a gradient, one call of the compiled
+    library launches all.
     """
     how = max_seqlen, heads, pre_norm, eps, equal_lengths
     kinds = {type(layer) for layer in layers}
     together = plain.again if kinds == {plain.LayerParameters} else nf4.again if len(kinds) == 1 else None
     if together and (results := together(x, layers, group_offsets, cu_seqlens, how)):
         return results[0]
+    offsets = group_offsets, cu_seqlens, max_seqlen
     shared = {"heads": heads, "pre_norm": pre_norm, "eps": eps, "equal_lengths": equal_lengths}
     for parameters in layers:
-        offsets = group_offsets, cu_seqlens, max_seqlen
         if isinstance(parameters, plain.LayerParameters):
             x = plain.encoder_layer(x, parameters, *offsets, **shared, key_bias=key_bias)
         else:

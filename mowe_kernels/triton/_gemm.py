@@ -91,6 +91,7 @@ def multiply_block(
     K: tl.constexpr, TRANSPOSED: tl.constexpr, GELU: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
+    """One block of `grouped_gemm_kernel`, with what follows the products."""
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     for k in range(0, K, BK):
         b_a = load_block(a, row, k, stop, K, BM, BK, TMA)

@@ -288,14 +288,13 @@ def tunings(device: torch.device, rows: int) -> Iterator[Tuning]:
     x, hidden = (torch.randn(rows, n, dtype=torch.bfloat16, device=device) for n in (384, 1536))
     up = torch.randn(8, 1536, 384, dtype=torch.bfloat16, device=device) / 20
     up_bias, down, down_bias = (part.contiguous() for part in (up[:, :, 0], up.mT, up[:, 0]))
-    offsets = torch.arange(9, dtype=torch.int32, device=device) * (rows // 8)
+    encoders = torch.arange(9, dtype=torch.int32, device=device)
+    offsets, every_other = encoders * (rows // 8), encoders // 2 * (rows // 4)
 
     # Whether the last tiles fill the multiprocessors is luck: several numbers of rows have less of it. Not always does
     # every encoder have some.
-    every_other = offsets.view(-1)[[0, 2, 2, 4, 4, 6, 6, 8, 8]]
-    several = [(part * rows // 128, part * offsets // 128) for part in (100, 106, 111, 117, 123, 128)]
-    several[1::2] = [(count, every_other * count // rows) for count, _ in several[1::2]]
-
+    parts = (100, offsets), (106, every_other), (111, offsets), (117, every_other), (123, offsets), (128, every_other)
+    several = [(part * rows // 128, part * each // 128) for part, each in parts]
     candidates = CANDIDATES + PERSISTENT_CANDIDATES * (hardware(device).capability >= TMA_SINCE)
 
     def widen(count: int, offsets: Tensor) -> Tensor:

@@ -5,8 +5,10 @@ import torch
 
 from mowe_kernels import grouped_linear, use_backend
 from mowe_kernels.triton import _descriptors
+from mowe_kernels.triton import grouped_linear as grouped_linear_kernels
 from mowe_kernels.triton._launch import ARCHITECTURES, assume, override
 from mowe_kernels.triton.grouped_linear import ROW_TILES_TO_STAY, TILES, Tile, _gemm_choice
+from mowe_kernels.tune.search import ROWS
 from tests.mowe_kernels.checks import GROUPS, Inputs, normal, offsets, raises, rows_with_tail, table
 from tests.mowe_kernels.triton.accuracy import DEVICE, DTYPES, assert_as_accurate_as_torch
 
@@ -64,6 +66,24 @@ def test_programs_that_compute_block_after_block(sizes, shape):
     frozen = ("row_scale",) if sum(sizes) == 1 else ()
     with override(**PERSISTENT):
         assert_as_accurate_as_torch(op(sizes, "gelu"), inputs, sum(sizes), torch.float32, frozen)
+
+
+def test_what_is_measured_has_rows_that_fit(monkeypatch):
+    """Every number of rows at the size that is measured, where int32 holds no product of two of them."""
+    seen = []
+
+    def forward(x, weight, bias, offsets, *others):
+        seen.append((len(x), offsets))
+        return x, x
+
+    monkeypatch.setattr(grouped_linear_kernels, "forward", forward)
+    for tuning in grouped_linear_kernels.tunings(torch.device("cpu"), ROWS):
+        if tuning.name == "gemm_tile":
+            tuning.call()
+    assert len(seen) == 6 + 6 + 1
+    for count, at in seen:
+        assert at[0] == 0 and at[-1] == count and (at.diff() >= 0).all()
+    assert any((at.diff() == 0).any() for _, at in seen)
 
 
 def test_programs_stay_where_few_blocks_are_computed_for_nothing():
