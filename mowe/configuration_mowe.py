@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 
 from mowe.errors import ConfigError
+from mowe.generation import CACHE
 
 ROUTER_LOSSES = ("independent_entropy", "dependent_entropy", "diversity", "load_balance", "z_loss")
 PAPER_ROUTER_LOSSES = {"independent_entropy": 0.1, "dependent_entropy": 0.1, "diversity": 0.1}
@@ -141,7 +142,7 @@ class MoweConfig(PreTrainedConfig):
     """
 
     model_type = "mowe"
-    keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "router_logits", "router_indices"]
+    keys_to_ignore_at_inference = [CACHE, "aux_loss", "router_logits", "router_indices"]
     sub_configs = {"audio_config": AutoConfig, "text_config": AutoConfig, "pool_config": MowePoolConfig}
 
     audio_config: Any = None

@@ -17,6 +17,7 @@ from mowe.configuration_mowe import MoweConfig
 from mowe.errors import AudioError, ConfigError, naming
 from mowe.families import FAMILIES, ClipFeatures, EncoderFamily, KeepsFixed, family_class
 from mowe.families.stacked import StackedConv, StackedLinear, StackedNorm
+from mowe.generation import CACHE
 from mowe.mixture import MixtureOfWeakEncoders, MixtureOutput
 from mowe.pool import EncoderPool, Layouts
 from mowe.projector import BaseFeatures, MoweProjector
@@ -47,7 +48,7 @@ class MowePreTrainedModel(KeepsFixed, PreTrainedModel):
     supports_gradient_checkpointing = True
     # A family and the mixture read their parts without calling them: no hook of accelerate would move what they need.
     _no_split_modules = (*(family.__name__ for family in FAMILIES.values()), MixtureOfWeakEncoders.__name__)
-    _skip_keys_device_placement = ("past_key_values",)
+    _skip_keys_device_placement = (CACHE,)
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -96,8 +97,8 @@ class MoweModel(MowePreTrainedModel):
             for weak in self.mixture.pool.families:
                 weak.check_context(config.pool_config.context)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
-        if "past_key_values" not in signature(self.language_model.forward).parameters:
-            raise ConfigError(f"a {config.text_config.model_type!r} language model has no past_key_values")
+        if CACHE not in signature(self.language_model.forward).parameters:
+            raise ConfigError(f"a {config.text_config.model_type!r} language model has no {CACHE}")
         width, hidden_size = self.get_input_embeddings().weight.shape[1], config.text_config.hidden_size
         if width != hidden_size:
             raise ConfigError(

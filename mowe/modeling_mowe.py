@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForMultimodalLM, Cache, GenerationMixin, LogitsProcessorList, PreTrainedModel
+from transformers import AutoModelForMultimodalLM, GenerationMixin, LogitsProcessorList, PreTrainedModel
 from transformers.generation import GenerationMode
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
 
@@ -26,7 +27,7 @@ from mowe.checkpoint import (
 from mowe.configuration_mowe import MoweConfig
 from mowe.errors import ConfigError, naming
 from mowe.families import EncoderFamily, family_class, find_encoder
-from mowe.generation import PlaceholderNeverChosen
+from mowe.generation import CACHE, PlaceholderNeverChosen
 from mowe.losses import loss_share
 from mowe.mixture import MixtureOfWeakEncoders
 from mowe.model import MoweAudioOutput, MoweModel, MowePreTrainedModel
@@ -42,19 +43,14 @@ __all__ = [
 
 
 @dataclass
-class MoweCausalLMOutputWithPast(ModelOutput):
-    """Output of MoweForConditionalGeneration.
+class MoweCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """Output of MoweForConditionalGeneration: that of transformers and three fields more.
 
     loss: next-token loss plus aux_loss. logits: [B, T, V]. aux_loss: weighted sum of the router losses, a float32
     scalar. router_logits: float32 [audio windows, E] of the data-dependent router. router_indices: int64
     [audio windows, k], the chosen encoders. Without audio the last three are None.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
     aux_loss: Tensor | None = None
     router_logits: Tensor | None = None
     router_indices: Tensor | None = None
@@ -245,7 +241,6 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
         input_features_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -256,7 +251,8 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
         """input_ids: [B, T] with `audio_token_id` at the audio's places. input_features, input_features_mask: [N, S],
         windows of audio in the order of their placeholders (see get_audio_features). labels: [B, T], -100 where no
         loss is wanted. Under gradient accumulation, the router loss counts by the share of num_windows_in_batch, the
-        windows of all accumulated batches, or else by `loss_share`. The rest is as in transformers.
+        windows of all accumulated batches, or else by `loss_share`. The rest is as in transformers; kwargs, the cache
+        among them, are the language model's.
         Raises AudioError where placeholders and audio do not match, ConfigError for inputs that do not go together.
         """
         mixture = None
@@ -271,7 +267,6 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
             return_dict=True,
@@ -288,9 +283,7 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
         output = MoweCausalLMOutputWithPast(
             loss=loss,
             logits=outputs.logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            **{name: outputs.get(name) for name in (CACHE, "hidden_states", "attentions")},
             aux_loss=aux_loss,
             router_logits=mixture.router_logits if mixture is not None else None,
             router_indices=mixture.indices if mixture is not None else None,

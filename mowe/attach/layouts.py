@@ -9,6 +9,8 @@ from numbers import Rational
 from operator import attrgetter
 from typing import Any, Literal, get_args
 
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -115,6 +117,21 @@ def _standard(**settings: Any) -> AudioLayout:
     return AudioLayout(**{**shared, **settings})
 
 
+def _thinker(linear: str, **settings: Any) -> AudioLayout:
+    """Of Qwen-Omni: transformers 5.21 moved its towers into its `model`, beside the language model."""
+    inside = "model." if Version(transformers.__version__) >= Version("5.21") else ""
+    return AudioLayout(
+        tower=f"{inside}audio_tower",
+        projector="",
+        width="audio_config.d_model",
+        features=f"{inside}audio_tower.ln_post",
+        linear=(f"{inside}audio_tower.{linear}",),
+        language_model="model.language_model" if inside else "model",
+        others=(f"{inside}visual",),
+        **settings,
+    )
+
+
 _FLAMINGO = _standard(hop=640, offset=160, linear=(f"{_PROJECTOR}.linear_1",))
 _GRANITE = _standard(
     tower="model.encoder",
@@ -145,29 +162,8 @@ LAYOUTS: dict[str, AudioLayout] = {
         rows=_qwen3_asr_lengths,
         linear=(f"{_PROJECTOR}.linear_1",),
     ),
-    "qwen2_5_omni_thinker": AudioLayout(
-        tower="audio_tower",
-        projector="",
-        width="audio_config.d_model",
-        hop=640,
-        offset=160,
-        features="audio_tower.ln_post",
-        rows=_qwen2_5_omni_lengths,
-        linear=("audio_tower.proj",),
-        language_model="model",
-        others=("visual",),
-    ),
-    "qwen3_omni_moe_thinker": AudioLayout(
-        tower="audio_tower",
-        projector="",
-        width="audio_config.d_model",
-        hop=Fraction(16_000, 13),
-        features="audio_tower.ln_post",
-        rows=_qwen3_omni_lengths,
-        linear=("audio_tower.proj1",),
-        language_model="model",
-        others=("visual",),
-    ),
+    "qwen2_5_omni_thinker": _thinker("proj", hop=640, offset=160, rows=_qwen2_5_omni_lengths),
+    "qwen3_omni_moe_thinker": _thinker("proj1", hop=Fraction(16_000, 13), rows=_qwen3_omni_lengths),
     "phi4_multimodal": AudioLayout(
         tower="model.embed_tokens_extend.audio_embed.encoder",
         projector="model.embed_tokens_extend.audio_embed",
@@ -229,7 +225,7 @@ def skip_modules(model_type: str) -> list[str]:
     Raises ConfigError for a model type without a layout.
     """
     if f"{model_type}_thinker" in LAYOUTS:
-        return [r"(?!thinker\.)", *(f"thinker.{path}" for path in skip_modules(f"{model_type}_thinker"))]
+        return [r"(?!thinker\.).*", *(f"thinker.{path}" for path in skip_modules(f"{model_type}_thinker"))]
     if model_type not in LAYOUTS:
         raise ConfigError(f"models of type {model_type!r} are not supported; supported: {', '.join(LAYOUTS)}")
     layout = LAYOUTS[model_type]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, wraps
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForMultimodalLM,
-    Cache,
     Gemma2Config,
     Gemma2Model,
     GenerationConfig,
@@ -30,6 +29,7 @@ from transformers.utils.generic import can_return_tuple
 
 from mowe.checkpoint import check_keys, check_source, read_model
 from mowe.errors import AudioError, ConfigError, naming
+from mowe.generation import CACHE
 from mowe.meralion.configuration_meralion import CONFIG_CLASSES, MeralionConfig
 from mowe.meralion.mlx import is_mlx, read_mlx
 
@@ -105,7 +105,7 @@ class MeralionPreTrainedModel(PreTrainedModel):
     input_modalities = ("audio", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ("WhisperEncoderLayer", "Gemma2DecoderLayer")
-    _skip_keys_device_placement = ("past_key_values",)
+    _skip_keys_device_placement = (CACHE,)
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -190,7 +190,6 @@ class MeralionModel(MeralionPreTrainedModel):
         input_features: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
@@ -198,7 +197,8 @@ class MeralionModel(MeralionPreTrainedModel):
         """As MeralionForConditionalGeneration.forward, up to the last hidden state of the decoder."""
         if (input_ids is None) == (inputs_embeds is None) or (input_ids is None and input_features is not None):
             raise ConfigError("expected either inputs_embeds or input_ids, the latter with or without input_features")
-        prefill = past_key_values is None or past_key_values.get_seq_length() == 0
+        cache = kwargs.get(CACHE, kwargs.get("past_key_values"))
+        prefill = cache is None or cache.get_seq_length() == 0
         if input_features is not None or (prefill and input_ids is not None):
             self.chunks_of(input_ids, input_features)
         if input_features is not None:
@@ -208,7 +208,6 @@ class MeralionModel(MeralionPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
             **kwargs,
         )
@@ -283,7 +282,6 @@ class MeralionForConditionalGeneration(MeralionPreTrainedModel, GenerationMixin)
         input_features: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -292,7 +290,8 @@ class MeralionForConditionalGeneration(MeralionPreTrainedModel, GenerationMixin)
     ) -> CausalLMOutputWithPast:
         """input_ids: [B, T] with `audio_token_id` at the audio's places. input_features: [N, mel bins, 3000], chunks of
         audio in the order of their placeholders (see get_audio_features). labels: [B, T], -100 where no loss is wanted.
-        The rest is as in transformers. Raises AudioError where placeholders and chunks do not match.
+        The rest is as in transformers; kwargs, the cache among them, are the decoder's. Raises AudioError where
+        placeholders and chunks do not match.
         """
         num_items = kwargs.pop("num_items_in_batch", None)
         outputs = self.model(
@@ -300,7 +299,6 @@ class MeralionForConditionalGeneration(MeralionPreTrainedModel, GenerationMixin)
             input_features=input_features,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -317,18 +315,14 @@ class MeralionForConditionalGeneration(MeralionPreTrainedModel, GenerationMixin)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            **{name: outputs.get(name) for name in (CACHE, "hidden_states", "attentions")},
         )
 
-    def prepare_inputs_for_generation(
-        self, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        # transformers takes embeddings where inputs_embeds is named here.
+    @wraps(GenerationMixin.prepare_inputs_for_generation)  # generate takes what is named here: embeddings, a cache
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         # Later steps read the audio from the cache; not every supported transformers leaves it out by itself.
         features = kwargs.pop("input_features", None)
-        inputs = super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         if features is not None and (kwargs.get("is_first_iteration") or not kwargs.get("use_cache", True)):
             inputs["input_features"] = features
         return inputs

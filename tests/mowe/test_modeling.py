@@ -10,6 +10,7 @@ import torch
 
 import mowe
 from mowe.errors import AudioError, ConfigError
+from mowe.generation import CACHE
 from tests.mowe.audio_llm import CLIPS, GREEDY, PROMPTS, answers, language_model, processor_of, tiny_model, tiny_pool
 from tests.mowe.encoders import assert_same, clip
 
@@ -78,9 +79,9 @@ def test_audio_enters_the_language_model_as_the_projector_gives_it(kind: str) ->
     assert_same(seen[0][0, 0], row * (32**0.5 if "gemma" in kind else 1))
 
 
-def test_a_language_model_without_past_key_values_is_refused() -> None:
-    with pytest.raises(ConfigError, match="'mamba' language model has no past_key_values"):
-        tiny_model(language_model("mamba"))
+def test_a_language_model_without_a_cache_is_refused() -> None:
+    with pytest.raises(ConfigError, match=f"'openai-gpt' language model has no {CACHE}"):
+        tiny_model(language_model("openai-gpt"))
 
 
 def test_a_language_model_with_narrow_embeddings_is_refused() -> None:
@@ -186,7 +187,7 @@ def test_a_conversation_goes_on_from_its_cache(model: Any, processor: mowe.MoweP
     }
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     inputs["input_features_mask"] = torch.arange(16_000) < torch.tensor([[16_000], [9_000]])
-    assert answers(model, inputs, past_key_values=turn.past_key_values) == answers(model, inputs)
+    assert answers(model, inputs, **{CACHE: turn[CACHE]}) == answers(model, inputs)
 
 
 def test_output_names_the_router(model: Any, processor: mowe.MoweProcessor) -> None:
