@@ -26,6 +26,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pack_plan(
   int32_t *order = data(out[0]), *position = data(out[1]), *encoder = data(out[2]);
   const int32_t *ranks = data(rank), *bounds = data(level_bounds);
   const auto* chosen = static_cast<const int64_t*>(indices.data_ptr());
+  for (int64_t e = 0; e < encoders; ++e) {
+    STD_TORCH_CHECK(0 <= ranks[e] && ranks[e] < encoders, "pack_plan: rank ", ranks[e], " is out of range for ",
+                    encoders, " encoders");
+  }
 
   // The sorting key of every pair, that of an absent one being the number of encoders, and the slot that serves it.
   std::vector<int32_t> key(pairs), server(pairs);

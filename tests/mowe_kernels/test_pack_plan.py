@@ -84,6 +84,14 @@ def test_an_encoder_that_is_not_there():
         pack_plan(torch.tensor([[3]]), int32(5)[None], int32(0, 1, 2), int32(0, 3)[None])
 
 
+@pytest.mark.parametrize("rank", [3, 1 << 30, -1, -(1 << 30)])
+def test_an_encoder_with_a_place_that_is_not_there(rank):
+    if not csrc.available():
+        pytest.skip("the compiled library was not built")
+    with pytest.raises(RuntimeError, match=f"rank {rank} is out of range for 3 encoders"):
+        pack_plan(torch.tensor([[2]]), int32(5)[None], int32(0, 1, rank), int32(0, 3)[None])
+
+
 def test_an_example():
     order, position, encoder, cu_seqlens, group_offsets = pack_plan(
         torch.tensor([[2, 0], [0, 0], [-1, 2]]), int32(10, 20, 30)[None], int32(0, 1, 2), int32(0, 3)[None]
