@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mowe_kernels.backend import implementation
 from mowe_kernels.ops import grouped_layer_norm, grouped_linear, grouped_mlp, varlen_attention
-from mowe_kernels.ops._op import check, check_offsets, check_shape, launched_again, needs_grad, traced
+from mowe_kernels.ops._op import check, check_dtype, check_offsets, check_shape, launched_again, needs_grad, traced
 from mowe_kernels.reference import encoder_layer as reference
 
 
@@ -148,9 +148,10 @@ def _check(x: Tensor, parameters: LayerParameters, group_offsets: Tensor, cu_seq
     narrow = e, d
     attention = narrow, narrow, (e, 3 * d, d), (e, 3 * d), (e, d, d), narrow
     shapes = [*attention, narrow, narrow, (e, f, d), (e, f), (e, d, f), narrow]
-    if [tensor.shape for tensor in p] != shapes or {tensor.dtype for tensor in p} != {x.dtype}:
+    kinds = {(tensor.dtype, tensor.device) for tensor in p}
+    if [tensor.shape for tensor in p] != shapes or kinds != {(x.dtype, x.device)}:
         for name, tensor, shape in zip(p._fields, p, shapes, strict=True):
             check_shape(op, name, tensor, shape, "stacked parameters")
-            check(tensor.dtype == x.dtype, op, f"{name} must be {x.dtype} as the rows are, got {tensor.dtype}")
+        check_dtype(op, x, **p._asdict())
     check_offsets(op, "group_offsets", group_offsets, e + 1, "[E+1]")
     check_offsets(op, "cu_seqlens", cu_seqlens, None, "[S+1]")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mowe_kernels.backend import implementation
 from mowe_kernels.ops import grouped_layer_norm, grouped_linear_nf4, varlen_attention
-from mowe_kernels.ops._op import check, check_offsets, check_shape, launched_again, needs_grad, traced
+from mowe_kernels.ops._op import check, check_dtype, check_offsets, check_shape, launched_again, needs_grad, traced
 from mowe_kernels.ops.grouped_linear_nf4 import as_taken
 from mowe_kernels.ops.nf4_dequantize_grouped import Nf4Matrix
 from mowe_kernels.reference import encoder_layer_nf4 as reference
@@ -105,6 +105,6 @@ def _check(x: Tensor, parameters: Nf4LayerParameters, group_offsets: Tensor, cu_
     widths = d, d, 3 * d, d, d, d, f, d
     for name, tensor, width in zip(p._fields, p[:8], widths, strict=False):
         check_shape(op, name, tensor, (e, width), "stacked parameters")
-        check(tensor.dtype == x.dtype, op, f"{name} must be {x.dtype} as the rows are, got {tensor.dtype}")
+        check_dtype(op, x, **{name: tensor})
     check_offsets(op, "group_offsets", group_offsets, e + 1, "[E+1]")
     check_offsets(op, "cu_seqlens", cu_seqlens, None, "[S+1]")

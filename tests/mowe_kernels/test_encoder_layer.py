@@ -113,6 +113,7 @@ def test_keys_may_have_no_bias():
         ({"qkv_weight": normal(2, 6, 6)}, ("qkv_weight", "[2, 18, 6]", "got [2, 6, 6]")),
         ({"out_bias": normal(3, 6)}, ("out_bias", "[2, 6]", "got [3, 6]")),
         ({"fc2_bias": normal(2, 6).half()}, ("fc2_bias must be torch.float64", "got torch.float16")),
+        ({"qkv_weight": normal(2, 18, 6).to("meta")}, ("qkv_weight must be on cpu", "got meta")),
     ],
 )
 def test_says_what_does_not_fit(change, parts):

@@ -67,6 +67,7 @@ def test_there_is_no_gradient():
         ({"x": normal(7, 5).float()}, ("2 heads do not divide 5 columns",)),
         ({"out_bias": normal(3, D).float()}, ("out_bias", "[2, 6]", "got [3, 6]")),
         ({"fc2_bias": normal(2, D).half()}, ("fc2_bias must be torch.float32", "got torch.float16")),
+        ({"qkv_bias": normal(2, 3 * D).float().to("meta")}, ("qkv_bias must be on cpu", "got meta")),
         ({"out": make(2)[0].fc2}, ("out must be 2 matrices [6, 6]", "got [2, 6, 10]")),
         ({"fc1": make(3)[0].fc1}, ("fc1 must be 2 matrices [10, 6]", "got [3, 10, 6]")),
         ({"qkv": make(2)[0].qkv._replace(blocksize=65)}, ("blocksize must be one of", "got 65")),
