@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
@@ -15,9 +16,11 @@ from mowe_kernels.dtypes import accumulation_dtype
 CHUNK = 1536
 
 
-def groups(group_offsets: Tensor) -> Iterator[tuple[int, slice]]:
-    """(encoder, its rows), empty ones left out."""
+def groups(group_offsets: Tensor, total: int = sys.maxsize) -> Iterator[tuple[int, slice]]:
+    """(encoder, its rows, of so many in total), empty ones left out. Raises ValueError for offsets of other rows."""
     bounds = group_offsets.tolist()
+    if bounds[:1] != [0] or bounds[-1] > total or bounds != sorted(bounds):
+        raise ValueError(f"row offsets must rise from 0 to no more than there are rows, got {bounds}")
     for group, (start, stop) in enumerate(pairwise(bounds)):
         if start < stop:
             yield group, slice(start, stop)
@@ -29,9 +32,9 @@ def blocks(rows: slice) -> Iterator[slice]:
         yield slice(start, min(start + CHUNK, rows.stop))
 
 
-def chunks(group_offsets: Tensor) -> Iterator[tuple[int, slice]]:
+def chunks(group_offsets: Tensor, total: int) -> Iterator[tuple[int, slice]]:
     """(encoder, at most `CHUNK` of its rows), in order."""
-    for group, rows in groups(group_offsets):
+    for group, rows in groups(group_offsets, total):
         for block in blocks(rows):
             yield group, block
 

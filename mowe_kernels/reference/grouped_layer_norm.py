@@ -14,7 +14,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, group_offsets: Tensor, eps:
     def norm(e: int, rows: slice) -> Tensor:
         return activate(torch.nn.functional.layer_norm(x[rows], x.shape[1:], weight[e], bias[e], eps), activation)
 
-    return assemble(x.shape, x, ((rows, norm(e, rows)) for e, rows in chunks(group_offsets)))
+    return assemble(x.shape, x, ((rows, norm(e, rows)) for e, rows in chunks(group_offsets, len(x))))
 
 
 def backward(
@@ -32,7 +32,7 @@ def backward(
     """residual: [R, D], added to the gradient of x."""
     grad_x = x.new_empty(x.shape if need_x else 0)
     grad_weight, grad_bias = sums(weight, need_parameters), sums(bias, need_parameters)
-    for e, rows in chunks(group_offsets):
+    for e, rows in chunks(group_offsets, len(x)):
         norm = WideNorm(x[rows], weight[e], bias[e], eps)
         g = grad[rows].to(norm.out.dtype)
         if activation == "gelu":

@@ -22,7 +22,7 @@ def forward(
     def layer(activation: str, row_scale: Tensor | None, residual: Tensor | None) -> Tensor:
         pieces = (
             (rows, linear(x[rows], weight[e], at(bias, e), activation, at(row_scale, rows), at(residual, rows)))
-            for e, rows in chunks(group_offsets)
+            for e, rows in chunks(group_offsets, len(x))
         )
         return assemble((x.shape[0], weight.shape[1]), x, pieces)
 
@@ -51,7 +51,7 @@ def backward(
     grad_weight = sums(weight, need_weight)
     grad_bias = sums(weight[..., 0], need_bias)
     grad_scale = row_scale.new_empty(row_scale.shape) if need_scale else x.new_empty(0)
-    for e, rows in chunks(group_offsets):
+    for e, rows in chunks(group_offsets, len(x)):
         g = grad[rows]
         if need_scale:
             grad_scale[rows] = (g * activate(pre[rows], activation)).sum(-1)

@@ -28,7 +28,7 @@ def forward(
         h = linear(h, fc1_weight[e], fc1_bias[e], "gelu")
         return linear(h, fc2_weight[e], fc2_bias[e], residual=x[rows])
 
-    return assemble(x.shape, x, ((rows, block(e, rows)) for e, rows in chunks(group_offsets)))
+    return assemble(x.shape, x, ((rows, block(e, rows)) for e, rows in chunks(group_offsets, len(x))))
 
 
 def backward(
@@ -49,7 +49,7 @@ def backward(
     parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     grads = [x.new_empty(0) if p is None else sums(p, need_parameters) for p in parameters]
     grad_norm_weight, grad_norm_bias, grad_fc1_weight, grad_fc1_bias, grad_fc2_weight, grad_fc2_bias = grads
-    for e, rows in chunks(group_offsets):
+    for e, rows in chunks(group_offsets, len(x)):
         g = grad[rows]
         if norm_weight is None:
             h = x[rows]

@@ -18,7 +18,7 @@ def forward(
     encoders = encoder.tolist()
 
     def pieces() -> Iterator[tuple[slice, Tensor]]:
-        for p, seq in groups(cu_seqlens):
+        for p, seq in groups(cu_seqlens, len(x)):
             mean, rstd = _statistics(x, seq, eps)
             scale = weight[encoders[p]] * rstd
             shift = bias[encoders[p]] - mean * scale
@@ -51,7 +51,7 @@ def backward(
             g = grad[rows].to(normed.dtype)
             yield rows, normed, torch.ops.aten.gelu_backward(g, b.addcmul(normed, w)) if activation == "gelu" else g
 
-    for p, seq in groups(cu_seqlens):
+    for p, seq in groups(cu_seqlens, len(x)):
         mean, rstd = _statistics(x, seq, eps)
         w, b = (parameter[encoders[p]].to(mean.dtype) for parameter in (weight, bias))
         along, total = torch.zeros_like(mean), torch.zeros_like(mean)

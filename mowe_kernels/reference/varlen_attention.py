@@ -19,19 +19,19 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     rows, _, heads, head_dim = qkv.shape
     if not save_lse:
-        attended = ((seq, _attend(qkv[seq], scale)) for _, seq in groups(cu_seqlens))
+        attended = ((seq, _attend(qkv[seq], scale)) for _, seq in groups(cu_seqlens, rows))
         return assemble((rows, heads, head_dim), qkv, attended), qkv.new_empty(0)
     out = qkv.new_empty(rows, heads, head_dim)
     lse = qkv.new_zeros(heads, rows, dtype=accumulation_dtype(qkv.dtype))
     if not _fused(qkv):
-        for seq, block in _blocks(cu_seqlens, heads):
+        for seq, block in _blocks(cu_seqlens, rows, heads):
             q, k, v = _heads(qkv[seq, :, block])
             scores = _scores(q, k, scale)
             lse[block, seq] = scores.logsumexp(-1)
             probabilities = scores.sub_(lse[block, seq, None]).exp_()
             out[seq, block] = (probabilities.to(v.dtype) @ v).transpose(0, 1)
         return clear_tail(out, cu_seqlens), lse
-    for _, seq in groups(cu_seqlens):
+    for _, seq in groups(cu_seqlens, rows):
         q, k, v = _heads(qkv[seq].contiguous())  # the fused kernels take columns to lie side by side
         attended, lse[:, seq] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q[None], k[None], v[None], scale=scale
@@ -52,7 +52,7 @@ def backward(
 ) -> Tensor:
     grad_qkv = qkv.new_empty(qkv.shape)
     if _fused(qkv):
-        for _, seq in groups(cu_seqlens):
+        for _, seq in groups(cu_seqlens, len(qkv)):
             q, k, v = _heads(qkv[seq].contiguous())
             grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 *(t[None] for t in (grad[seq].transpose(0, 1), q, k, v, out[seq].transpose(0, 1), lse[:, seq])),
@@ -61,7 +61,7 @@ def backward(
             for i, part in enumerate(grads):
                 grad_qkv[seq, i] = part[0].transpose(0, 1)
         return clear_tail(grad_qkv, cu_seqlens)
-    for seq, block in _blocks(cu_seqlens, qkv.shape[2]):
+    for seq, block in _blocks(cu_seqlens, len(qkv), qkv.shape[2]):
         q, k, v = _heads(qkv[seq, :, block])
         g = grad[seq, block].transpose(0, 1)  # [H, T, Dh]
         probabilities = _scores(q, k, scale).sub_(lse[block, seq, None]).exp_()
@@ -83,9 +83,9 @@ def _fused(qkv: Tensor) -> bool:
     return qkv.device.type == "cpu"
 
 
-def _blocks(cu_seqlens: Tensor, heads: int) -> Iterator[tuple[slice, slice]]:
+def _blocks(cu_seqlens: Tensor, rows: int, heads: int) -> Iterator[tuple[slice, slice]]:
     """(sequence, some of its heads), so many that their scores stay small."""
-    for _, seq in groups(cu_seqlens):
+    for _, seq in groups(cu_seqlens, rows):
         size = max(1, _SCORES // (seq.stop - seq.start) ** 2)
         for head in range(0, heads, size):
             yield seq, slice(head, min(head + size, heads))

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mowe_kernels import grouped_linear
+from mowe_kernels import grouped_linear, use_backend
 from mowe_kernels.reference import _linear, _rows
 from tests.mowe_kernels.checks import (
     GROUPS,
@@ -13,6 +13,7 @@ from tests.mowe_kernels.checks import (
     assert_accurate,
     assert_matches,
     gradcheck,
+    int32,
     normal,
     offsets,
     opcheck,
@@ -115,6 +116,13 @@ def test_computes_in_the_types_given_whatever_autocast_says(sizes, onednn, monke
         assert torch.is_autocast_enabled("cpu")
     out.sum().backward()
     torch.testing.assert_close(out.detach(), expected)
+
+
+@pytest.mark.parametrize("group_offsets", [(0, 4, 8), (-1, 4, 7), (0, 5, 4)])
+def test_no_rows_that_are_not_there(group_offsets):
+    x, weight, *_ = make_inputs((4, 3), 0, ()).values()
+    with use_backend("reference"), raises("row offsets must rise from 0", f"got {list(group_offsets)}"):
+        grouped_linear(x, weight, None, int32(*group_offsets))
 
 
 @table(EPILOGUES, "epilogue")

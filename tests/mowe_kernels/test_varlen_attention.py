@@ -4,13 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mowe_kernels import varlen_attention
+from mowe_kernels import use_backend, varlen_attention
 from mowe_kernels.reference import varlen_attention as reference
 from tests.mowe_kernels.checks import (
     LENGTHS,
     assert_accurate,
     assert_matches,
     gradcheck,
+    int32,
     normal,
     offsets,
     opcheck,
@@ -86,6 +87,14 @@ def test_columns_need_not_lie_side_by_side():
 
 
 @pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("cu_seqlens", [(0, 4, 8), (-1, 4, 7), (0, 5, 4), (1000, 1004, 1007), ()])
+@pytest.mark.parametrize("learns", [False, True])
+def test_no_rows_that_are_not_there(cu_seqlens, learns):
+    qkv = normal(7, 3, 2, 5).requires_grad_(learns)
+    with use_backend("reference"), raises("row offsets must rise from 0", f"got {list(cu_seqlens)}"):
+        varlen_attention(qkv, int32(*cu_seqlens), 8)
+
+
 def test_derivatives():
     gradcheck(op((2, 0, 3)), {"qkv": normal(5, 3, 2, 3)})
 
