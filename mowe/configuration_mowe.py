@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations` here: transformers checks the fields' types, which must not be strings.
 import json
+import math
 from functools import wraps
 from typing import Any, Literal
 
@@ -108,6 +109,8 @@ def check_routers(config: PreTrainedConfig) -> None:
     unknown = sorted(set(config.router_losses) - set(ROUTER_LOSSES))
     if unknown:
         raise ConfigError(f"router_losses: unknown terms {unknown}; known: {', '.join(ROUTER_LOSSES)}")
+    if not all(map(math.isfinite, config.router_losses.values())):
+        raise ConfigError(f"router_losses: coefficients must be finite, got {config.router_losses}")
     if not config.router_temperature > 0:
         raise ConfigError(f"router_temperature must be positive, got {config.router_temperature}")
     if not config.router_noise >= 0:

@@ -89,6 +89,7 @@ def test_unknown_keys_of_a_file(tmp_path):
             r"router_losses: unknown terms \['entropy'\]; known: independent_entropy, ",
         ),
         ({"router_losses": {"diversity": "much"}}, "'router_losses'"),
+        ({"router_losses": {"diversity": float("nan")}}, "router_losses: coefficients must be finite, got .*nan"),
         ({"projector_type": "cnn"}, "'projector_type' expected one of"),
         ({"projector_stride": 6}, "projector_stride of a 'conv' projector cannot be 6"),
         ({"projector_stride": 1}, "projector_stride of a 'conv' projector cannot be 1"),
