@@ -50,6 +50,7 @@ def varlen_stft(
     check_shape(op, "window", window, (None,), "analysis window [N]")
     n = window.shape[0]
     check(window.dtype == samples.dtype, op, f"window must be {samples.dtype} as the samples are, got {window.dtype}")
+    check(window.device == samples.device, op, f"window must be on {samples.device}, got {window.device}")
     check(n > 0 and n % 2 == 0, op, f"window must have an even number of samples, got {n}")
     check(hop > 0, op, f"hop must be positive, got {hop}")
     check(samples.shape[0] >= n, op, f"clips must have at least the {n} samples of the window, got {samples.shape[0]}")

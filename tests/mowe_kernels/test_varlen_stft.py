@@ -97,6 +97,7 @@ def test_registration():
         ({"samples": normal(1, 880)}, ("samples must be packed samples", "[any]", "got [1, 880]")),
         ({"samples": normal(880).half()}, ("samples must be float32", "float16")),
         ({"window": normal(N).float()}, ("window must be torch.float64", "float32")),
+        ({"window": normal(N).to("meta")}, ("window must be on cpu", "got meta")),
         ({"window": normal(399)}, ("even", "399")),
         ({"samples": normal(399)}, ("at least the 400 samples", "399")),
         ({"cu_samples": int32(0, 880)[None]}, ("cu_samples", "[any]", "got [1, 2]")),
