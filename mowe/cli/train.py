@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import PartialState
 from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback
@@ -15,13 +13,14 @@ from transformers.utils import logging
 
 from mowe.cli._screen import Counter, Screen, printable
 from mowe.training import TrainResult, read_config, train
+from mowe.training.run import connect
 
 
 def run(config: Path, overrides: Sequence[str], resume: bool, screen: Screen) -> None:
     settings = read_config(config, overrides)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    first = PartialState(cpu=not torch.cuda.is_available()).is_main_process
+    first = connect(settings).is_main_process
     if not first:
         screen = Screen(as_json=True)  # of several processes one speaks
     report = _Report(screen)

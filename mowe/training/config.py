@@ -228,6 +228,10 @@ class TrainConfig:
             if name not in known:
                 raise ConfigError(f"trainer.{name}: no field of TrainingArguments{suggest(name, known)}")
             self.trainer[name] = as_config(known[name], value, f"trainer.{name}")
+        if not 0 < self.trainer.get("ddp_timeout", 1) < 2**31:
+            raise ConfigError(
+                f"trainer.ddp_timeout: expected seconds, positive and below 2**31, got {self.trainer['ddp_timeout']}"
+            )
         if self.trainer.get("eval_on_start") and not self.data.validation:
             raise ConfigError("trainer.eval_on_start: needs manifests under data.validation, there are none")
 
@@ -277,9 +281,7 @@ _WITHOUT_EFFECT = {
     **dict.fromkeys(
         ("do_train", "do_eval", "do_predict"), "stages say what is trained, data.validation what is validated"
     ),
-    **dict.fromkeys(
-        ("ddp_backend", "ddp_timeout", "local_rank"), "processes are connected before a configuration is read"
-    ),
+    **dict.fromkeys(("ddp_backend", "local_rank"), "whoever starts the processes, such as torchrun, says who is who"),
     **dict.fromkeys(
         ("hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"),
         "nothing is pushed to a hub",

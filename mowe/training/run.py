@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,12 +64,27 @@ def train(
     return _Run(config, resume, callbacks, track).train()
 
 
+def connect(config: TrainConfig) -> PartialState:
+    """The processes of this run, which from here on wait for each other; those that do already stay as they are.
+
+    Raises ConfigError for what they cannot do.
+    """
+    timeout = config.trainer.get("ddp_timeout")
+    settings = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
+    world = PartialState(cpu=not torch.cuda.is_available(), **settings)
+    if config.tensorboard and not is_tensorboard_available():
+        raise ConfigError("tensorboard: the package is not installed; pip install tensorboard")
+    if config.fsdp and world.num_processes == 1:
+        raise ConfigError("fsdp: needs several processes, as torchrun starts them")
+    return world
+
+
 class _Run:
     def __init__(self, config: TrainConfig, resume: bool, callbacks: Sequence[TrainerCallback], track: Track):
         self.config, self.resume, self.callbacks = config, resume, callbacks
         self.output = Path(config.output)
         self.trainable = [stage.trainable or config.trainable for stage in config.stages]
-        self.world = _world(config)
+        self.world = connect(config)
         check_output(config, resume)
         manifests = [self._read(source.manifest, track) for source in config.data.train]
         validation = [self._read(path, track) for path in config.data.validation]
@@ -296,16 +312,6 @@ class _Run:
         if entries := read_lines(log):
             with naming(f"{log}"), reading("the routing"):
                 training_picture(self.output / "routing.png", entries, names, "Who listened as training went on")
-
-
-def _world(config: TrainConfig) -> PartialState:
-    """The processes of this run. Raises ConfigError for what they cannot do."""
-    world = PartialState(cpu=not torch.cuda.is_available())
-    if config.tensorboard and not is_tensorboard_available():
-        raise ConfigError("tensorboard: the package is not installed; pip install tensorboard")
-    if config.fsdp and world.num_processes == 1:
-        raise ConfigError("fsdp: needs several processes, as torchrun starts them")
-    return world
 
 
 def _parallel_settings(config: TrainConfig, model: MoweForConditionalGeneration) -> dict[str, Any]:

@@ -21,7 +21,9 @@ from mowe.training.config import PartsConfig, TrainConfig
 from mowe.training.data import conversation
 from mowe.training.parts import parts_in_4_bits
 
-_FREE_TO_CHANGE = ("log_every", "save_every", "evaluate_every", "keep", "tensorboard", "output", "data.workers")
+_FREE_TO_CHANGE = (
+    "log_every", "save_every", "evaluate_every", "keep", "tensorboard", "output", "data.workers", "trainer.ddp_timeout",
+)  # fmt: skip
 """What a resumed run may have otherwise than the run before."""
 _CONFIG = "config.json"
 _AUDIO_TOKEN = "<|audio|>"
@@ -76,7 +78,7 @@ def check_output(config: TrainConfig, resume: bool) -> None:
     if not stored.exists():
         raise ConfigError(f"output: {output} has no run to go on with; begin one without --resume")
     with naming(f"{stored}"), reading("the configuration of the run"):
-        before = dict(json.loads(stored.read_text(encoding="utf-8")))
+        before = _flat(dict(json.loads(stored.read_text(encoding="utf-8"))))
     now = _flat(asdict(config))
     defaults = {f.name: f.default for f in fields(config)}  # of fields that are newer than that run
     for name in sorted(before.keys() | now.keys()):
@@ -119,8 +121,8 @@ def write_config(config: TrainConfig) -> None:
 
 
 def _flat(data: Any, name: str = "") -> dict[str, Any]:
-    """{"data.batch_frames": 8000, ...}"""
-    if not isinstance(data, dict | list) or not data:
+    """{"data.batch_frames": 8000, ...}, without fields that hold no further ones."""
+    if not isinstance(data, dict | list) or data == []:
         return {name: data}
     items = data.items() if isinstance(data, dict) else enumerate(data)
     at = f"{name}." if name else ""

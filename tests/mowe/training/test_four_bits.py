@@ -191,6 +191,7 @@ def test_encoders_in_4_bits_decide_how_scales_are_stored(settings: Callable[...,
 def test_what_is_in_4_bits_is_not_sharded(
     settings: Callable[..., TrainConfig], four_bit: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mowe.training.run._world", lambda config: PartialState(cpu=True))  # as if of several processes
+    # As if of several processes.
+    monkeypatch.setattr("mowe.training.run.connect", lambda config: PartialState(cpu=True))
     with pytest.raises(ConfigError, match="fsdp: a model in 4 bits is not sharded"):
         train(settings(**LORA, model=str(four_bit), fsdp=True))

@@ -134,7 +134,7 @@ def test_another_configuration_does_not_go_on(settings: Callable[..., TrainConfi
         ConfigError, match=r"^stages\.0\.learning_rate: .*run was begun with 0\.0001, it cannot go on with"
     ):
         train(settings(stages=[{"steps": 1, "learning_rate": 1e-3}]), resume=True)
-    train(settings(stages=[{"steps": 1}], log_every=7), resume=True)
+    train(settings(stages=[{"steps": 1}], log_every=7, trainer={"ddp_timeout": 7200}), resume=True)
 
 
 @pytest.mark.parametrize(
@@ -238,6 +238,14 @@ def test_a_line_of_a_log_that_is_no_entry(settings: Callable[..., TrainConfig], 
     (tmp_path / "run" / "log.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(CheckpointError, match=r"run/log.jsonl: cannot read the log: expected an entry with a stage"):
         train(config, resume=True)
+
+
+def test_a_field_within_the_trainers_is_told_as_it_was(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    train(settings(trainer={"adam_beta1": 0.8}))
+    with pytest.raises(
+        ConfigError, match=r"^trainer\.adam_beta1: .*run was begun with 0\.8, it cannot go on with None$"
+    ):
+        train(settings(), resume=True)
 
 
 def test_a_field_that_is_newer_than_a_run_had_its_default(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:

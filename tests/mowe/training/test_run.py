@@ -28,6 +28,7 @@ from mowe.training.data import Collator
 from mowe.training.log import read_lines
 from mowe.training.picture import training_picture
 from mowe.training.routing import RoutingMeter
+from mowe.training.run import connect
 from mowe.training.trainer import MoweTrainer
 from tests.mowe.audio_llm import language_model, processor_of, tiny_model
 from tests.mowe.encoders import clip, hubert, whisper
@@ -222,6 +223,15 @@ def test_what_cannot_be_is_told_before_anything_is_written(
     with pytest.raises(error, match=message):
         train(settings(**fields))
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_wait_for_each_other_as_long_as_they_are_told(
+    settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("mowe.training.run.PartialState", lambda **kwargs: given.update(kwargs) or PartialState())
+    connect(settings(trainer={"ddp_timeout": 7200}))
+    assert given["timeout"].total_seconds() == 7200
 
 
 def test_settings_that_the_optimiser_refuses_end_with_one_line(settings: Callable[..., TrainConfig]) -> None:
