@@ -7,11 +7,11 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 from mowe.errors import ConfigError
+from mowe.training.arguments import check_arguments
 from mowe.training.fields import (
     as_config,
     check_not_negative,
@@ -218,76 +218,9 @@ class TrainConfig:
             raise ConfigError(
                 "fsdp: the encoders of the pool are sharded together, trainable.pool must be true or false"
             )
-        _check_schedule(self.stages, self.trainer.get("lr_scheduler_kwargs") or {})
-        known = _trainer_fields()
-        for name, value in self.trainer.items():
-            if name in _OURS:
-                raise ConfigError(f"trainer.{name}: is set by {_OURS[name]}")
-            if name in _WITHOUT_EFFECT:
-                raise ConfigError(f"trainer.{name}: has no effect here, {_WITHOUT_EFFECT[name]}")
-            if name not in known:
-                raise ConfigError(f"trainer.{name}: no field of TrainingArguments{suggest(name, known)}")
-            self.trainer[name] = as_config(known[name], value, f"trainer.{name}")
-        if not 0 < self.trainer.get("ddp_timeout", 1) < 2**31:
-            raise ConfigError(
-                f"trainer.ddp_timeout: expected seconds, positive and below 2**31, got {self.trainer['ddp_timeout']}"
-            )
+        check_arguments(self.trainer, {stage.schedule for stage in self.stages})
         if self.trainer.get("eval_on_start") and not self.data.validation:
             raise ConfigError("trainer.eval_on_start: needs manifests under data.validation, there are none")
-
-
-_OURS = {
-    "output_dir": "output", "max_steps": "stages", "num_train_epochs": "stages", "learning_rate": "stages",
-    "warmup_steps": "stages", "lr_scheduler_type": "stages", "seed": "seed", "bf16": "bf16", "fp16": "bf16",
-    "gradient_accumulation_steps": "accumulate", "per_device_train_batch_size": "data.batch_frames",
-    "per_device_eval_batch_size": "data.batch_frames", "gradient_checkpointing": "gradient_checkpointing",
-    "weight_decay": "weight_decay", "max_grad_norm": "max_grad_norm", "logging_steps": "log_every",
-    "save_steps": "save_every", "save_strategy": "save_every", "save_total_limit": "keep",
-    "eval_steps": "evaluate_every", "eval_strategy": "evaluate_every", "report_to": "tensorboard", "fsdp": "fsdp",
-    "dataloader_num_workers": "data.workers", "load_best_model_at_end": "keep", "metric_for_best_model": "keep",
-    "greater_is_better": "keep", "push_to_hub": "output",
-    **dict.fromkeys(
-        ("prediction_loss_only", "remove_unused_columns", "accelerator_config", "disable_tqdm", "use_cpu",
-         "fsdp_config", "ddp_find_unused_parameters", "ddp_broadcast_buffers", "logging_nan_inf_filter",
-         "save_only_model", "label_smoothing_factor", "average_tokens_across_devices", "use_liger_kernel",
-         "parallelism_config", "deepspeed", "debug"),
-        "training here",
-    ),
-}  # fmt: skip
-"""What sets those fields of TrainingArguments that cannot be given under `trainer`."""
-
-_WITHOUT_EFFECT = {
-    "data_seed": "the order of the clips is that of seed",
-    "auto_find_batch_size": "a batch has as much as data.batch_frames and data.batch_clips say",
-    "resume_from_checkpoint": "mowe train --resume goes on with a run",
-    "save_on_each_node": "all nodes see the folder of output",
-    "liger_kernel_config": "liger kernels are not used",
-    "use_cache": "nothing is generated in training",
-    **dict.fromkeys(
-        ("dataloader_drop_last", "train_sampling_strategy", "length_column_name"),
-        "batches are filled up to data.batch_frames, with clips of like length",
-    ),
-    **dict.fromkeys(
-        ("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
-         "dataloader_in_order"),
-        "how clips are decoded is set by data.workers",
-    ),
-    **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), "validation computes as training does, see bf16"),
-    **dict.fromkeys(
-        ("label_names", "include_for_metrics", "batch_eval_metrics", "eval_accumulation_steps",
-         "eval_do_concat_batches", "eval_use_gather_object"),
-        "validation keeps the loss of each task alone; mowe evaluate has other metrics",
-    ),
-    **dict.fromkeys(
-        ("do_train", "do_eval", "do_predict"), "stages say what is trained, data.validation what is validated"
-    ),
-    **dict.fromkeys(("ddp_backend", "local_rank"), "whoever starts the processes, such as torchrun, says who is who"),
-    **dict.fromkeys(
-        ("hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"),
-        "nothing is pushed to a hub",
-    ),
-}  # fmt: skip
-"""Why those fields of TrainingArguments that nothing here looks at cannot be given under `trainer` either."""
 
 
 def read_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainConfig:
@@ -310,29 +243,3 @@ def read_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         return as_config(TrainConfig, data)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-
-
-def _check_schedule(stages: Sequence[StageConfig], settings: Any) -> None:
-    """Raise ConfigError for lr_scheduler_kwargs that a stage cannot have; those with a constant rate ignore them."""
-    at = "trainer.lr_scheduler_kwargs"
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{at}: expected fields and values, got {settings!r}")
-    for name, value in settings.items():
-        if name != "num_cycles":
-            raise ConfigError(f"{at}.{name}: unknown field; known: num_cycles")
-        if any(stage.schedule == "linear" for stage in stages):
-            raise ConfigError(f"{at}.{name}: the schedule linear of a stage has none, only cosine has")
-        settings[name] = as_config(float, value, f"{at}.{name}")
-        if not math.isfinite(settings[name]):
-            raise ConfigError(f"{at}.{name}: must be finite, got {value}")
-
-
-@cache
-def _trainer_fields() -> dict[str, Any]:
-    """Names and types."""
-    from transformers import TrainingArguments
-    from transformers.training_args import trainer_log_levels
-
-    hints = get_type_hints(TrainingArguments)
-    hints |= dict.fromkeys(("log_level", "log_level_replica"), Literal[tuple(trainer_log_levels)])
-    return {f.name: hints[f.name] for f in dataclasses.fields(TrainingArguments)}

@@ -23,7 +23,7 @@ def as_config(kind: Any, value: Any, name: str = "") -> Any:
         return _as_one_of(inner, value, name)
     if origin is Literal:
         if value not in inner:
-            raise ConfigError(f"{name}: must be {' or '.join(map(repr, inner))}, got {value!r}{suggest(value, inner)}")
+            raise ConfigError(f"{name}: must be {' or '.join(map(repr, inner))}, got {value!r}{_meant(value, inner)}")
         return value
     if origin is list and isinstance(value, list):
         return [as_config(inner[0], item, f"{name}.{i}") for i, item in enumerate(value)]
@@ -147,8 +147,12 @@ def _key(place: Any, key: str, override: str) -> str | int:
 
 def suggest(name: Any, known: Any) -> str:
     """The end of an error about a name that is not known."""
+    return _meant(name, known) or f"; known: {', '.join(map(str, known))}"
+
+
+def _meant(name: Any, known: Any) -> str:
     close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
-    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(map(str, known))}"
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def check_positive(config: Any, *names: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import DistributedType, PartialState
 from accelerate.utils import broadcast_object_list
+from torch._dynamo.exc import TorchDynamoException
 from torch.distributed.fsdp import FSDPModule
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import is_tensorboard_available
@@ -27,6 +28,7 @@ from mowe.training.augment import add_spec_augment
 from mowe.training.config import TrainConfig
 from mowe.training.data import Collator, FrameBatches, base_frames
 from mowe.training.log import RunLog, read_lines
+from mowe.training.optimizer import check_optimizer
 from mowe.training.parts import Parts
 from mowe.training.picture import training_picture
 from mowe.training.routing import RoutingMeter
@@ -202,6 +204,9 @@ class _Run:
                 f"stage-{number}, step {trainer.state.global_step + 1}: needs more memory than the GPU has; "
                 f"lower data.batch_frames, which is {self.config.data.batch_frames}"
             ) from None
+        except TorchDynamoException as error:  # of a compiler that is not installed
+            told = " ".join(str(error).partition("\n\n")[0].split())
+            raise ConfigError(f"trainer.torch_compile: the model cannot be compiled: {told}") from None
         meter.remove()
 
     def _arguments(self, number: int) -> tuple[TrainingArguments, FrameBatches]:
@@ -220,7 +225,7 @@ class _Run:
         batches = make_batches(num_batches=steps * per_step)
         with trainer_settings():
             arguments = self._training_arguments(number, steps)
-            MoweTrainer.get_optimizer_cls_and_kwargs(arguments, self.model)  # before anything is written
+            check_optimizer(arguments, self.model)
         return arguments, batches
 
     def _training_arguments(self, number: int, steps: int) -> TrainingArguments:

@@ -21,7 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from mowe.data import Example
-from mowe.errors import ConfigError
+from mowe.errors import ConfigError, MoweError
 from mowe.families.stacked import StackedNorm
 from mowe.training.data import FrameBatches
 from mowe.training.parts import Parts
@@ -37,6 +37,8 @@ def trainer_settings() -> Iterator[None]:
     """Make one line of what transformers and torch raise for settings under `trainer` that they cannot use."""
     try:
         yield
+    except MoweError:
+        raise
     except (ImportError, TypeError, ValueError) as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from None
 

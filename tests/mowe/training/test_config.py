@@ -122,9 +122,50 @@ def test_every_field_can_be_overridden(file: Path) -> None:
         ("trainer.logging_strategy=no", "trainer.logging_strategy: expected a text, got False"),
         ("trainer.lr_scheduler_kwargs.foo=1", "trainer.lr_scheduler_kwargs.foo: unknown field; known: num_cycles"),
         ("trainer.lr_scheduler_kwargs.num_cycles=x", "trainer.lr_scheduler_kwargs.num_cycles: expected a number, got"),
-        ("trainer.lr_scheduler_kwargs.num_cycles=.nan", "trainer.lr_scheduler_kwargs.num_cycles: must be finite, got"),
+        (
+            "trainer.lr_scheduler_kwargs.num_cycles=.nan",
+            "trainer.lr_scheduler_kwargs.num_cycles: must lie in 0..1000000",
+        ),
+        (
+            "trainer.lr_scheduler_kwargs.num_cycles=1e308",
+            "trainer.lr_scheduler_kwargs.num_cycles: must lie in 0..10000",
+        ),
         ("trainer.log_level=loud", "trainer.log_level: must be 'detail' or 'debug' or 'info' or"),
         ("trainer.lr_scheduler_kwargs=1", "trainer.lr_scheduler_kwargs: expected fields and values, got 1"),
+        ('trainer.lr_scheduler_kwargs=""', "trainer.lr_scheduler_kwargs: expected fields and values, got ''"),
+        (
+            "trainer.gradient_checkpointing_kwargs=x",
+            "trainer.gradient_checkpointing_kwargs: expected fields and values",
+        ),
+        (
+            "trainer.gradient_checkpointing_kwargs.reentrant=true",
+            "trainer.gradient_checkpointing_kwargs.reentrant: unknown field; did you mean use_reentrant?",
+        ),
+        (
+            "trainer.gradient_checkpointing_kwargs.use_reentrant=maybe",
+            "trainer.gradient_checkpointing_kwargs.use_reentrant: expected true or false, got 'maybe'",
+        ),
+        (
+            "trainer.gradient_checkpointing_kwargs.every_n_layers=0",
+            "trainer.gradient_checkpointing_kwargs.every_n_layers: must be positive, got 0",
+        ),
+        (
+            "trainer.gradient_checkpointing_kwargs={debug: true, use_reentrant: true}",
+            "trainer.gradient_checkpointing_kwargs.debug: goes without use_reentrant only",
+        ),
+        ("trainer.torch_compile_backend=inducter", "trainer.torch_compile_backend: must be "),
+        ("trainer.torch_compile_backend=nonesuch", "trainer.torch_compile_backend: must be "),
+        ("trainer.torch_compile_mode=fast", "trainer.torch_compile_mode: must be 'default' or "),
+        (
+            "trainer={torch_compile_backend: eager, torch_compile_mode: default}",
+            "trainer.torch_compile_mode: the backend eager has none, only inductor has",
+        ),
+        ("trainer.optim=adamx", "trainer.optim: must be 'adamw_torch' or"),
+        ("trainer.optim_args=fast", "trainer.optim_args: expected NAME=VALUE,NAME=VALUE, got 'fast'"),
+        ('trainer.optim_args="a=1,"', "trainer.optim_args: expected NAME=VALUE,NAME=VALUE, got 'a=1,'"),
+        ('trainer.optim_args="a=1, a=2"', "trainer.optim_args: a is there twice"),
+        ("trainer.neftune_noise_alpha=-1", "trainer.neftune_noise_alpha: must be positive, got -1.0"),
+        ("trainer.include_num_input_tokens_seen=some", "trainer.include_num_input_tokens_seen: must be True or False"),
         ("trainer.optin=adafactor", "trainer.optin: no field of TrainingArguments; did you mean optim?"),
         ("bf16=yes please", "bf16: expected true or false, got 'yes please'"),
         ("lonely", "'lonely': expected FIELD=VALUE, as data.batch_frames=4000"),
@@ -140,6 +181,8 @@ def test_fields_of_the_trainer_have_its_types(file: Path) -> None:
     config = read_config(file, [f"trainer.{override}" for override in overrides])
     assert config.trainer["adam_epsilon"] == 1e-8 and config.trainer["neftune_noise_alpha"] == 5.0
     assert config.trainer["gradient_checkpointing_kwargs"] == {"use_reentrant": False}
+    config = read_config(file, ["trainer.gradient_checkpointing_kwargs.early_stop=false"])
+    assert config.trainer["gradient_checkpointing_kwargs"] == {"use_reentrant": False, "early_stop": False}
 
 
 def test_a_field_comes_once(file: Path) -> None:
@@ -154,7 +197,7 @@ def test_an_override_that_is_no_date_is_a_text(file: Path) -> None:
 def test_cycles_are_those_of_cosine(file: Path) -> None:
     cycles = "trainer.lr_scheduler_kwargs.num_cycles=15e-1"
     assert read_config(file, [cycles]).trainer == {"lr_scheduler_kwargs": {"num_cycles": 1.5}}
-    told = "trainer.lr_scheduler_kwargs.num_cycles: the schedule linear of a stage has none, only cosine has"
+    told = "trainer.lr_scheduler_kwargs: the schedule linear of a stage has none, only cosine has"
     assert fails(file, cycles, "stages.1.schedule=linear") == told
 
 

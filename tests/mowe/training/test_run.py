@@ -213,7 +213,22 @@ def test_validation_loss_is_the_mean_over_tokens_however_batches_are_cut(
             "^model: runs/strat: no such folder, expected that of a saved model$",
         ),
         ({"fsdp": True}, ConfigError, "fsdp: needs several processes"),
-        ({"trainer": {"optim": "adamx"}}, ConfigError, "trainer: adamx is not a valid"),
+        ({"trainer": {"adam_beta1": 2}}, ConfigError, r"^trainer: Invalid beta parameter at index 0: 2\.0$"),
+        (
+            {"trainer": {"optim_args": "a=1"}},
+            ConfigError,
+            "trainer.optim_args: a is no setting of .*_fused; it has none$",
+        ),
+        (
+            {"trainer": {"optim": "sgd", "optim_args": "momentun=0.9"}},
+            ConfigError,
+            "trainer.optim_args: momentun is no setting of optim sgd; known: momentum, dampening",
+        ),
+        (
+            {"trainer": {"optim": "sgd", "optim_args": "momentum=fast"}},
+            ConfigError,
+            "^trainer.optim_args: momentum: could not convert string to float: 'fast'$",
+        ),
         ({"trainer": {"optim": "galore_adamw"}}, ConfigError, "trainer: You need to install `galore_torch`"),
     ],
 )
@@ -234,14 +249,16 @@ def test_processes_wait_for_each_other_as_long_as_they_are_told(
     assert given["timeout"].total_seconds() == 7200
 
 
-def test_settings_that_the_optimiser_refuses_end_with_one_line(settings: Callable[..., TrainConfig]) -> None:
-    with pytest.raises(ConfigError, match=r"^trainer: Invalid beta parameter at index 0: 2\.0$"):
-        train(settings(trainer={"adam_beta1": 2}))
+def test_settings_of_an_optimiser_reach_it(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    train(settings(trainer={"optim": "sgd", "optim_args": "momentum=0.75, nesterov=true"}))
+    (group, *_) = torch.load(tmp_path / "run" / "stage-0" / "checkpoint-2" / "optimizer.pt")["param_groups"]
+    assert group["momentum"] == 0.75 and group["nesterov"]
 
 
-def test_settings_that_accelerate_refuses_end_with_one_line(settings: Callable[..., TrainConfig]) -> None:
-    with pytest.raises(ConfigError, match=r"^trainer: 'NONESUCH' is not a valid DynamoBackend$"):
-        train(settings(trainer={"torch_compile_backend": "nonesuch"}))
+def test_a_compiler_that_is_not_installed_ends_a_run_with_one_line(settings: Callable[..., TrainConfig]) -> None:
+    with pytest.raises(ConfigError, match=r"^trainer\.torch_compile: the model cannot be compiled: .*tvm.*") as error:
+        train(settings(trainer={"torch_compile_backend": "tvm"}))
+    assert "\n" not in str(error.value)
 
 
 def test_a_prompt_with_the_token_of_the_audio_is_told_by_line(
