@@ -24,6 +24,10 @@ class DataError(MoweError):
     """A manifest of clips, or lines of one, that cannot be used."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM has ended this, as Ctrl-C would have."""
+
+
 @contextmanager
 def naming(subject: str | Callable[[], str]) -> Iterator[None]:
     """Errors of `mowe` raised inside begin with what they are about, or with what a function then says."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mowe.errors import MoweError
+from mowe.errors import MoweError, Terminated
 
 if TYPE_CHECKING:
     from mowe.cli._screen import Screen
@@ -24,7 +25,14 @@ _UsageError: Any = typer.BadParameter.__base__  # click's, or the copy that newe
 
 
 class _OneLineErrors(TyperGroup):
-    """Ends bad input of any kind with one line on stderr and exit code 2."""
+    """Ends bad input of any kind with one line on stderr and exit code 2, and a signal with one and its own code."""
+
+    def invoke(self, context: Any) -> Any:
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt as stopped:
+            number, name = (signal.SIGTERM, "SIGTERM") if isinstance(stopped, Terminated) else (signal.SIGINT, "Ctrl-C")
+            self._fail("; ".join([f"stopped by {name}", *getattr(stopped, "__notes__", [])]), 128 + number)
 
     def main(
         self,
@@ -57,7 +65,7 @@ class _OneLineErrors(TyperGroup):
         except typer.Abort:
             sys.exit(1)
 
-    def _fail(self, message: str) -> None:
+    def _fail(self, message: str, code: int = 2) -> None:
         from mowe.cli._screen import printable
 
         with suppress(OSError):  # stderr may be what cannot be written
@@ -67,7 +75,7 @@ class _OneLineErrors(TyperGroup):
                 stream.flush()
             except OSError:  # Python would try once more on its way out, and complain
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        sys.exit(2)
+        sys.exit(code)
 
 
 app = typer.Typer(
@@ -261,8 +269,13 @@ def _new_screen(as_json: bool) -> Screen:
     return Screen(as_json)
 
 
+def _terminate(*_: Any) -> None:
+    raise Terminated
+
+
 def main() -> None:
     """The console entry point."""
     # Read when torch is loaded: its threads sleep while they wait, instead of fighting other programs for the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    signal.signal(signal.SIGTERM, _terminate)
     app(prog_name="mowe")

@@ -14,6 +14,7 @@ from transformers.utils import logging
 from mowe.cli._screen import Counter, Screen, printable
 from mowe.training import TrainResult, read_config, train
 from mowe.training.run import connect
+from mowe.training.start import CONFIG_NAME
 
 
 def run(config: Path, overrides: Sequence[str], resume: bool, screen: Screen) -> None:
@@ -26,6 +27,10 @@ def run(config: Path, overrides: Sequence[str], resume: bool, screen: Screen) ->
     report = _Report(screen)
     try:
         result = train(settings, resume, [report], screen.track)
+    except KeyboardInterrupt as stopped:
+        if Path(settings.output, CONFIG_NAME).exists():
+            stopped.add_note(f"mowe train --resume goes on with {settings.output}")
+        raise
     finally:
         report.close()
     if not first:

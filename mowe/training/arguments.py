@@ -92,6 +92,7 @@ _WITHOUT_EFFECT = {
     **dict.fromkeys(
         ("do_train", "do_eval", "do_predict"), "stages say what is trained, data.validation what is validated"
     ),
+    "enable_jit_checkpoint": "SIGTERM always ends a run with a checkpoint",
     **dict.fromkeys(("ddp_backend", "local_rank"), "whoever starts the processes, such as torchrun, says who is who"),
     **dict.fromkeys(
         ("hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"),

@@ -34,6 +34,7 @@ from mowe.training.picture import training_picture
 from mowe.training.routing import RoutingMeter
 from mowe.training.saving import read_trained, reading_checkpoint, whole
 from mowe.training.start import check_answers, check_output, check_random_states, check_template, load, write_config
+from mowe.training.stopping import Stop
 from mowe.training.trainer import MoweTrainer, trainer_settings
 
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
@@ -61,7 +62,8 @@ def train(
     resume: go on from the last checkpoint under `output`. callbacks: told of every step, as in transformers. track:
     wraps a list while it is worked through, for a progress bar.
     Raises MoweError for a configuration, model or manifest that cannot be used, before anything is trained, and where
-    training diverges, before anything of it is saved.
+    training diverges, before anything of it is saved. Raises Terminated once SIGTERM has come while it trained, with
+    what has been trained in a checkpoint.
     """
     return _Run(config, resume, callbacks, track).train()
 
@@ -178,6 +180,7 @@ class _Run:
             write_config(self.config)
             for left in self._folder(number).glob("unfinished-*"):  # by a kill
                 shutil.rmtree(left)
+        stop = Stop()
         with trainer_settings():
             trainer = MoweTrainer(
                 model=self.model,
@@ -192,11 +195,13 @@ class _Run:
                 parts=self.parts,
                 saved=saved,
                 meter=meter,
+                stop=stop,
             )
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
         try:
-            trainer.train(resume_from_checkpoint=checkpoint)
+            with stop.listening():
+                trainer.train(resume_from_checkpoint=checkpoint)
         except MoweError as error:  # of a clip damaged in its middle; from a worker it comes with a traceback
             raise type(error)(str(error).rpartition(f"{type(error).__name__}: ")[2].strip()) from None
         except torch.OutOfMemoryError:

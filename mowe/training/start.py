@@ -25,7 +25,7 @@ _FREE_TO_CHANGE = (
     "log_every", "save_every", "evaluate_every", "keep", "tensorboard", "output", "data.workers", "trainer.ddp_timeout",
 )  # fmt: skip
 """What a resumed run may have otherwise than the run before."""
-_CONFIG = "config.json"
+CONFIG_NAME = "config.json"
 _AUDIO_TOKEN = "<|audio|>"
 
 
@@ -74,7 +74,7 @@ def check_output(config: TrainConfig, resume: bool) -> None:
         if output.is_dir() and any(output.iterdir()):
             raise ConfigError(f"output: {output} is not empty; go on with --resume or choose another folder")
         return
-    stored = output / _CONFIG
+    stored = output / CONFIG_NAME
     if not stored.exists():
         raise ConfigError(f"output: {output} has no run to go on with; begin one without --resume")
     with naming(f"{stored}"), reading("the configuration of the run"):
@@ -117,7 +117,7 @@ def check_random_states(checkpoint: str, processes: int) -> None:
 
 def write_config(config: TrainConfig) -> None:
     output = make_folder(config.output, "output")
-    write_text(output / _CONFIG, json.dumps(_flat(asdict(config)), indent=2) + "\n", "the configuration")
+    write_text(output / CONFIG_NAME, json.dumps(_flat(asdict(config)), indent=2) + "\n", "the configuration")
 
 
 def _flat(data: Any, name: str = "") -> dict[str, Any]:

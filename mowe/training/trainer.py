@@ -27,6 +27,7 @@ from mowe.training.data import FrameBatches
 from mowe.training.parts import Parts
 from mowe.training.routing import RoutingMeter
 from mowe.training.saving import read_trained, reading_checkpoint, replace, unfinished_name, writing
+from mowe.training.stopping import Stop, ignore_signals
 
 _MEANINGLESS = ("train_samples_per_second", "total_flos")
 """What the Trainer logs from a number of clips in a batch and of tokens, which here are not what it takes them for."""
@@ -45,7 +46,8 @@ def trainer_settings() -> Iterator[None]:
 
 class MoweTrainer(Trainer):
     """batches: of training. eval_batches: of each validation set. parts: what learns. saved: names of the parameters
-    that a checkpoint holds. meter: sums up what the routers do between two entries of the log.
+    that a checkpoint holds. meter: sums up what the routers do between two entries of the log. stop: ends training
+    early.
     """
 
     def __init__(
@@ -56,11 +58,13 @@ class MoweTrainer(Trainer):
         parts: Parts,
         saved: Sequence[str],
         meter: RoutingMeter,
+        stop: Stop,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
         self.batches, self.eval_batches = batches, eval_batches
-        self.parts, self.saved, self.meter = parts, saved, meter
+        self.parts, self.saved, self.meter, self.stop = parts, saved, meter, stop
+        self.add_callback(stop)
         self._saving_to: str | None = None
         if self.is_fsdp_enabled:  # as in a single process, autocast decides what is computed in bfloat16
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
@@ -77,6 +81,7 @@ class MoweTrainer(Trainer):
             batch_sampler=batches,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
+            worker_init_fn=ignore_signals,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         )
         return self.accelerator.prepare(loader)
@@ -95,8 +100,11 @@ class MoweTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        windows = torch.tensor(sum(len(batch["task_ids"]) for batch in batches), device=device)
-        self._num_windows = self.accelerator.reduce(windows, "sum")
+        windows = sum(len(batch["task_ids"]) for batch in batches)
+        sums = self.accelerator.reduce(torch.tensor([windows, self.stop.asked], device=device), "sum")
+        self._num_windows = sums[0]
+        if self.accelerator.num_processes > 1:
+            self.stop.agreed = bool(sums[1])
         return batches, num_items
 
     def compute_loss(

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from mowe.cli import app
 from mowe.cli._screen import Screen, printable
-from mowe.errors import ConfigError
+from mowe.errors import ConfigError, Terminated
 
 
 @pytest.mark.parametrize(
@@ -87,6 +87,23 @@ def test_progress_shows_on_a_terminal(capsys: pytest.CaptureFixture[str], monkey
     said = capsys.readouterr()
     assert said.out == ""
     assert "counting" in said.err and "note: careful" in said.err
+
+
+@pytest.mark.parametrize(
+    ("stopped", "code", "told"),
+    [(KeyboardInterrupt(), 130, "Ctrl-C; go on"), (Terminated(), 143, "SIGTERM; go on")],
+    ids=["Ctrl-C", "SIGTERM"],
+)
+def test_a_signal_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, stopped: KeyboardInterrupt, code: int, told: str
+) -> None:
+    def run(*args: object) -> None:
+        stopped.add_note("go on")
+        raise stopped
+
+    monkeypatch.setattr("mowe.cli.info.run", run)
+    done = CliRunner().invoke(app, ["info"])
+    assert (done.exit_code, done.stdout, done.stderr) == (code, "", f"error: stopped by {told}\n")
 
 
 def test_a_gpu_without_memory_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,6 +116,21 @@ def test_without_its_log_a_run_that_is_done_is_saved_again(run: Run, config: Pat
     (tmp_path / "out" / "log.jsonl").unlink()
     done = run(*arguments, "--resume")
     assert done.exit_code == 0 and f"saved in {tmp_path / 'out' / 'model'}" in done.stdout
+
+
+def test_a_run_that_is_stopped_says_how_it_goes_on(run: Run, config: Path, tmp_path: Path) -> None:
+    program = [sys.executable, "-c", "from mowe.cli import main; main()", "train", str(config)]
+    fields = [f"output={tmp_path / 'out'}", "data.workers=2", "stages=[{steps: 1000}]"]
+    with subprocess.Popen([*program, *fields], stderr=subprocess.PIPE, text=True, start_new_session=True) as started:
+        assert started.stderr is not None
+        while not started.stderr.readline().startswith("stage-0 2/"):
+            assert started.poll() is None
+        os.killpg(started.pid, signal.SIGTERM)  # as job schedulers do, to the workers as well
+        *_, told = started.stderr
+    assert started.returncode == 128 + signal.SIGTERM
+    assert told == f"error: stopped by SIGTERM; mowe train --resume goes on with {tmp_path / 'out'}\n"
+    (last,) = (tmp_path / "out" / "stage-0").iterdir()
+    assert int(last.name.removeprefix("checkpoint-")) >= 2 and not (tmp_path / "out" / "model").exists()
 
 
 def test_bad_configurations_end_with_one_line(run: Run, config: Path) -> None:

@@ -114,6 +114,10 @@ def test_every_field_can_be_overridden(file: Path) -> None:
         ("trainer.ddp_backend=nccl", "trainer.ddp_backend: has no effect here, whoever starts the processes"),
         ("trainer.ddp_timeout=0", "trainer.ddp_timeout: expected seconds, positive and below 2**31, got 0"),
         ("trainer.ddp_timeout=1e12", "trainer.ddp_timeout: expected seconds, positive and below 2**31, got 10000000"),
+        (
+            "trainer.enable_jit_checkpoint=true",
+            "trainer.enable_jit_checkpoint: has no effect here, SIGTERM always ends",
+        ),
         ("trainer.hub_model_id=x", "trainer.hub_model_id: has no effect here, nothing is pushed to a hub"),
         ("trainer.eval_on_start=true", "trainer.eval_on_start: needs manifests under data.validation, there are none"),
         ("trainer.debug=underflow_overflow", "trainer.debug: is set by training here"),

@@ -143,3 +143,16 @@ def test_two_processes_learn_what_one_learns(runs: dict[str, Path], split_model:
         assert (value - expected[key]).abs().mean() < 1e-6, key
         if "pool" in key and "layers" in key and "weight" in key:
             assert not torch.equal(value[0], before[key][0]), key
+
+
+def test_sigterm_to_one_process_ends_all(tones: Path, split_model: Path, tmp_path: Path) -> None:
+    config = {
+        "model": str(split_model),
+        "output": str(tmp_path / "run"),
+        "data": {"train": [{"manifest": str(tones / "train.jsonl")}], "batch_clips": 1, "workers": 0},
+        "stages": [{"steps": 5}],
+        "log_every": 1,
+    }
+    run_in(2, config, tmp_path, {"terminated": 1}, {"resume": True})
+    assert [path.name for path in sorted((tmp_path / "run" / "stage-0").iterdir())] == ["checkpoint-2", "checkpoint-5"]
+    assert logged(tmp_path / "run", "loss").shape == (5, 1)

@@ -1,7 +1,7 @@
 """A process that trains by a configuration in a JSON file, for each of some changes of its fields.
 
-Two changes are no fields: `killed_in_save`, the process kills itself while it saves the checkpoint of that number, and
-`resume`.
+Three changes are no fields: `killed_in_save`, the process kills itself while it saves the checkpoint of that number,
+`terminated`, the process of that rank gets SIGTERM in the first step, and `resume`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ import json
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
+from mowe.errors import Terminated
 from mowe.training import TrainConfig, train
 from mowe.training.fields import as_config
 
@@ -24,8 +27,23 @@ def main(config: str, *changes: str) -> None:
         fields = json.loads(Path(config).read_text()) | json.loads(change)
         if number := fields.pop("killed_in_save", None):
             kill_in_save(number)
-        resume = fields.pop("resume", False)
-        train(as_config(TrainConfig, fields), resume)
+        resume, rank = fields.pop("resume", False), fields.pop("terminated", None)
+        settings = as_config(TrainConfig, fields)
+        if rank is None:
+            train(settings, resume)
+        else:
+            with suppress(Terminated):
+                train(settings, resume, [SigtermTo(rank)])
+                raise AssertionError("the run went on")
+
+
+class SigtermTo(TrainerCallback):
+    def __init__(self, rank: int):
+        self.rank = rank
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0 and args.process_index == self.rank:
+            signal.raise_signal(signal.SIGTERM)
 
 
 def kill_in_save(number: int) -> None:
