@@ -321,8 +321,9 @@ def _opened(source: str | os.PathLike[str] | bytes, name: str = "audio") -> Iter
 
     if not isinstance(source, bytes):
         name = os.fspath(source)
-        _check_file(Path(source))
     try:
+        if not isinstance(source, bytes):
+            _check_file(Path(source))
         with BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as stream:
             if not stream.seek(0, os.SEEK_END):
                 raise AudioError(f"{name}: an empty file")

@@ -29,6 +29,10 @@ class _OneLineErrors(TyperGroup):
 
     def invoke(self, context: Any) -> Any:
         try:
+            os.getcwd()
+        except FileNotFoundError:  # torch and transformers cannot even be imported there
+            self._fail("the working directory has been removed, change into another one")
+        try:
             return super().invoke(context)
         except KeyboardInterrupt as stopped:
             number, name = (signal.SIGTERM, "SIGTERM") if isinstance(stopped, Terminated) else (signal.SIGINT, "Ctrl-C")
@@ -59,9 +63,11 @@ class _OneLineErrors(TyperGroup):
                 raise
             self._fail("this needs more memory than the GPU has: give it fewer or shorter clips at a time")
         except OSError as error:
-            if error.errno not in _NO_ROOM:
+            if error.errno in _NO_ROOM:
+                self._fail(f"the output cannot be written ({error.strerror})")
+            if error.filename is None:
                 raise
-            self._fail(f"the output cannot be written ({error.strerror})")
+            self._fail(f"{error.filename}: {error.strerror}")
         except typer.Abort:
             sys.exit(1)
 
@@ -278,4 +284,9 @@ def main() -> None:
     # Read when torch is loaded: its threads sleep while they wait, instead of fighting other programs for the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     signal.signal(signal.SIGTERM, _terminate)
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed by the caller: a file opened later would get its number, and be written to as stderr
+            os.open(os.devnull, os.O_RDWR)
     app(prog_name="mowe")

@@ -24,6 +24,8 @@ from mowe.evaluation.pictures import METRIC_NAMES, report_picture
 from mowe.evaluation.tasks import rules_for
 from mowe.files import check_file, check_folder, make_folder, write_text
 
+_REPORT, _PREDICTIONS = "report.json", "predictions.jsonl"
+
 Asked = tuple[Path, Example]
 """An example and the manifest it is from."""
 
@@ -40,6 +42,10 @@ class Outputs:
 
     def check(self, manifests: Sequence[Path]) -> None:
         """Raise ConfigError for what cannot be written, before anything is computed."""
+        reports = [] if self.folder is None else [self.folder / name for name in (_REPORT, _PREDICTIONS)]
+        for file in filter(None, (self.predictions, *reports)):
+            if any(file.exists() and path.exists() and file.samefile(path) for path in manifests):
+                raise ConfigError(f"{file}: is one of the manifests, which would be overwritten; choose another place")
         if self.predictions is not None:
             check_file(self.predictions, "the predictions")
         if self.folder is not None:
@@ -65,7 +71,7 @@ def run(
     screen: Screen,
 ) -> None:
     outputs.check(paths)
-    chosen = dict(_rule(text) for text in metrics)
+    chosen = _rules(metrics)
     with _warnings_as_notes(screen):
         manifests = [
             read_manifest(path, skip_bad=skip_bad, decode=True, track=_reading(path, screen)) for path in paths
@@ -117,6 +123,16 @@ def run(
     )
 
 
+def _rules(texts: Sequence[str]) -> dict[str, Rule]:
+    rules: dict[str, Rule] = {}
+    for text in texts:
+        task, rule = _rule(text)
+        if task in rules:
+            raise ConfigError(f"--metric {text}: {task} has a metric already, one decides")
+        rules[task] = rule
+    return rules
+
+
 def _rule(text: str) -> tuple[str, Rule]:
     task, equals, rule = text.partition("=")
     with naming(f"--metric {text}"):
@@ -165,7 +181,7 @@ def _write(outputs: Outputs, data: dict[str, Any], report: Report, asked: Sequen
     written = []
     if outputs.folder is not None:
         out = make_folder(outputs.folder, "--out")
-        written = [out / "report.json", out / "predictions.jsonl", out / "report.png"]
+        written = [out / _REPORT, out / _PREDICTIONS, out / "report.png"]
         write_text(written[0], json.dumps(data, indent=2) + "\n", "the report")
         write_text(written[1], predictions, "the predictions")
         report_picture(written[2], report, subtitle=printable(f"{model}, {len(asked)} examples, 95 % intervals"))

@@ -156,7 +156,7 @@ def _first_of(problems: list[str]) -> str:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Line numbers and what stands there, an error message for what is not JSON; empty lines are left out."""
+    """Line numbers and what stands there, an error for what is not JSON; empty lines are left out."""
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
@@ -166,7 +166,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
             try:
                 yield number, json.loads(line.decode("utf-8-sig"))  # Windows puts a mark before the first line
             except (ValueError, RecursionError) as error:
-                yield number, f"not JSON in UTF-8 ({error})"
+                yield number, DataError(f"not JSON in UTF-8 ({error})")
 
 
 def _dataset_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -205,8 +205,8 @@ def _whole_characters(name: str) -> Iterator[None]:
 
 def _as_example(row: Any, line: int, manifest: Path, tasks: Collection[str] | None) -> Example:
     """Raises DataError, not naming the line, for a row that cannot be an example."""
-    if isinstance(row, str):
-        raise DataError(row)
+    if isinstance(row, DataError):
+        raise row
     if not isinstance(row, dict):
         raise DataError(f"expected an object, got {type(row).__name__}")
     missing = [name for name in _REQUIRED if name not in row]

@@ -42,6 +42,7 @@ def with_sample(value: float) -> Callable[[Path], None]:
 BAD_AUDIO: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "missing": ("a.wav", lambda path: None, "no such file"),
     "folder": ("a.wav", Path.mkdir, "directory"),
+    "too long a name": (300 * "a", lambda path: None, "cannot be read (File name too long)"),
     "empty": ("a.wav", Path.touch, "empty"),
     "without samples": ("a.wav", lambda path: write(path, np.zeros(0)), "no samples"),
     "text": ("a.wav", lambda path: path.write_text("not audio at all\n" * 99), "not audio"),
@@ -107,6 +108,9 @@ def test_a_name_cannot_steer_the_terminal(run: Run, tmp_path: Path) -> None:
         (("demo", "--out", "noise.wav"), "--out noise.wav"),
         (("demo", "--out", "noise.wav/folder"), "--out noise.wav/folder"),
         (("info", "--model"), "--model"),
+        (("info", "--model", 300 * "x"), "File name too long"),
+        (("routes", "noise.wav", "--picture", 300 * "x" + ".png"), "File name too long"),
+        (("demo", "--out", 300 * "x"), "File name too long"),
         (("listen",), "listen"),
         (("--bogus",), "--bogus"),
     ],

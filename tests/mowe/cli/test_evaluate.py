@@ -166,3 +166,16 @@ def test_bad_input(
     before = sorted(folder.iterdir())
     assert told in refused(run, *arguments)
     assert sorted(folder.iterdir()) == before
+
+
+def test_a_manifest_is_not_overwritten(run: Run, folder: Path) -> None:
+    good, kept = folder / "good.jsonl", (folder / "good.jsonl").read_bytes()
+    (folder / "predictions.jsonl").symlink_to(good)
+    for options in (("--predictions", good), ("--out", folder)):
+        assert "is one of the manifests, which would be overwritten" in refused(run, good, *FEW, *options)
+    assert good.read_bytes() == kept
+
+
+def test_a_task_has_one_metric(run: Run, folder: Path) -> None:
+    told = refused(run, folder / "good.jsonl", "--metric", "asr=wer", "--metric", "asr=cer")
+    assert told == "error: --metric asr=cer: asr has a metric already, one decides\n"

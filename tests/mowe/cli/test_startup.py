@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -82,3 +83,18 @@ def test_a_reader_that_has_gone_is_told_nothing(arguments: list[str]) -> None:
 def test_an_error_that_cannot_be_told_has_its_exit_code() -> None:
     code = "import sys; sys.stderr = open('/dev/full', 'w'); from mowe.cli import main; main()"
     assert python(code, "bogus").returncode == 2
+
+
+def test_a_working_directory_that_was_removed_is_told(tmp_path: Path) -> None:
+    code = f"import os; os.chdir({str(tmp_path / 'gone')!r}); os.rmdir(os.getcwd()); from mowe.cli import main; main()"
+    for command in (["info"], ["train", "run.yaml"]):
+        (tmp_path / "gone").mkdir()
+        done = python(code, *command)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == "error: the working directory has been removed, change into another one\n"
+
+
+def test_streams_that_are_closed_are_not_taken_for_files() -> None:
+    code = "import os; os.close(0); os.close(2); from mowe.cli import main; main()"
+    done = python(code, "routes", str(ROOT / "mowe/assets/clips/english_gb.flac"), "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["clips"]

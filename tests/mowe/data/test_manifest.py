@@ -190,3 +190,7 @@ def test_progress_counts_the_clips(folder: Path) -> None:
     lengths: list[int] = []
     read_manifest(write(folder / "m.jsonl", ROWS), track=lambda jobs: lengths.append(len(jobs)) or jobs)
     assert lengths == [2]
+
+
+def test_a_line_that_is_a_text_is_no_error_message(folder: Path) -> None:
+    assert fails(write(folder / "m.jsonl", ["just words"])) == "1 bad of 1 lines: line 1: expected an object, got str"
