@@ -128,11 +128,14 @@ def read_manifest(
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         jobs: list[tuple[Example, Future[int]]] = [(e, threads.submit(look, e)) for e in found]
         examples = []
-        for example, job in track(jobs):
-            try:
-                examples.append(replace(example, samples=job.result()))
-            except MoweError as error:
-                problems[example.line] = str(error)
+        try:
+            for example, job in track(jobs):
+                try:
+                    examples.append(replace(example, samples=job.result()))
+                except MoweError as error:
+                    problems[example.line] = str(error)
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)  # or Ctrl-C waits for all clips there are
     told = [f"{word} {line}: {problems[line]}" for line in sorted(problems)]
     if told and not skip_bad:
         raise DataError(f"{path}: {len(told)} bad of {len(told) + len(examples)} {word}s: {_first_of(told)}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import soundfile
 import torch
 
 from mowe.audio import load_audio
-from mowe.data import read_manifest
+from mowe.data import Example, read_manifest
 from mowe.errors import DataError
 
 
@@ -194,3 +196,21 @@ def test_progress_counts_the_clips(folder: Path) -> None:
 
 def test_a_line_that_is_a_text_is_no_error_message(folder: Path) -> None:
     assert fails(write(folder / "m.jsonl", ["just words"])) == "1 bad of 1 lines: line 1: expected an object, got str"
+
+
+def test_ctrl_c_does_not_wait_for_all_clips(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at = []
+
+    def look(example: Example) -> int:
+        time.sleep(0.05)
+        looked_at.append(example)
+        return 1
+
+    def interrupted(jobs: Sequence[Any]) -> Iterator[Any]:
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(Example, "count_samples", look)
+    with pytest.raises(KeyboardInterrupt):
+        read_manifest(write(folder / "m.jsonl", 100 * [ROWS[0]]), track=interrupted)
+    assert len(looked_at) < 50
