@@ -52,6 +52,7 @@ _OURS = {
     "warmup_steps": "stages", "lr_scheduler_type": "stages", "seed": "seed", "bf16": "bf16", "fp16": "bf16",
     "gradient_accumulation_steps": "accumulate", "per_device_train_batch_size": "data.batch_frames",
     "per_device_eval_batch_size": "data.batch_frames", "gradient_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing": "gradient_checkpointing",
     "weight_decay": "weight_decay", "max_grad_norm": "max_grad_norm", "logging_steps": "log_every",
     "save_steps": "save_every", "save_strategy": "save_every", "save_total_limit": "keep",
     "eval_steps": "evaluate_every", "eval_strategy": "evaluate_every", "report_to": "tensorboard", "fsdp": "fsdp",
@@ -179,6 +180,10 @@ def _types() -> dict[str, Any]:
     hints |= dict.fromkeys(("log_level", "log_level_replica"), Literal[tuple(trainer_log_levels)])
     hints["include_num_input_tokens_seen"] = Literal[True, False, "all", "non_padding", "no"]
     hints["optim"] = Literal[tuple(optimizer.value for optimizer in OptimizerNames)]
-    hints["gradient_checkpointing_kwargs"] = CheckpointingConfig | None
+    for name in (
+        "gradient_checkpointing_kwargs",
+        "activation_checkpointing_kwargs",
+    ):  # the latter since transformers 5.23
+        hints[name] = CheckpointingConfig | None
     hints["lr_scheduler_kwargs"] = CosineConfig | None
     return {f.name: hints[f.name] for f in dataclasses.fields(TrainingArguments)}

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TrainingArguments
-from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext, _parse_optim_args
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from mowe.errors import ConfigError
 
@@ -16,6 +15,17 @@ _OF_A_MODEL = {"params", "model", "optimizer_dict"}
 
 def check_optimizer(arguments: TrainingArguments, model: PreTrainedModel) -> None:
     """Raise ConfigError for `optim_args` that the optimiser does not have, and whatever the optimiser itself raises."""
+    if arguments.optim_args:
+        _check_optim_args(arguments, model)
+    optimizer, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    if _OF_A_MODEL.isdisjoint(settings):
+        optimizer([torch.nn.Parameter(torch.zeros(1))], **settings)
+
+
+def _check_optim_args(arguments: TrainingArguments, model: PreTrainedModel) -> None:
+    """The part of `get_optimizer_cls_and_kwargs` that reads them, which itself says nothing of those it does not know."""
+    from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext, _parse_optim_args
+
     given = _Asked(_parse_optim_args(arguments.optim_args))
     values = dict(given)
     context = OptimizerContext(
@@ -26,7 +36,7 @@ def check_optimizer(arguments: TrainingArguments, model: PreTrainedModel) -> Non
         optim_args=given,
     )
     try:
-        optimizer, settings = _OPTIMIZER_HANDLERS[arguments.optim](context)
+        _OPTIMIZER_HANDLERS[arguments.optim](context)
     except ValueError as error:
         for name, value in values.items():
             if repr(value) in str(error):
@@ -35,8 +45,6 @@ def check_optimizer(arguments: TrainingArguments, model: PreTrainedModel) -> Non
     for name in values.keys() - given.names.keys():
         known = f"known: {', '.join(given.names)}" if given.names else "it has none"
         raise ConfigError(f"trainer.optim_args: {name} is no setting of optim {arguments.optim.value}; {known}")
-    if _OF_A_MODEL.isdisjoint(settings):
-        optimizer([torch.nn.Parameter(torch.zeros(1))], **settings)
 
 
 class _Asked(dict[str, str]):

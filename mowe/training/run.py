@@ -37,6 +37,10 @@ from mowe.training.start import check_answers, check_output, check_random_states
 from mowe.training.stopping import Stop
 from mowe.training.trainer import MoweTrainer, trainer_settings
 
+_CHECKPOINTING = "activation_checkpointing"  # of TrainingArguments, since transformers 5.23
+if not hasattr(TrainingArguments, _CHECKPOINTING):
+    _CHECKPOINTING = "gradient_checkpointing"
+
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
 
 
@@ -244,7 +248,7 @@ class _Run:
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
             gradient_accumulation_steps=config.accumulate,
-            gradient_checkpointing=config.gradient_checkpointing,
+            **{_CHECKPOINTING: config.gradient_checkpointing},
             bf16=config.bf16,
             seed=config.seed,
             logging_steps=config.log_every,
