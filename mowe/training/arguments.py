@@ -180,10 +180,7 @@ def _types() -> dict[str, Any]:
     hints |= dict.fromkeys(("log_level", "log_level_replica"), Literal[tuple(trainer_log_levels)])
     hints["include_num_input_tokens_seen"] = Literal[True, False, "all", "non_padding", "no"]
     hints["optim"] = Literal[tuple(optimizer.value for optimizer in OptimizerNames)]
-    for name in (
-        "gradient_checkpointing_kwargs",
-        "activation_checkpointing_kwargs",
-    ):  # the latter since transformers 5.23
-        hints[name] = CheckpointingConfig | None
+    for kind in ("gradient", "activation"):  # the latter since transformers 5.23
+        hints[f"{kind}_checkpointing_kwargs"] = CheckpointingConfig | None
     hints["lr_scheduler_kwargs"] = CosineConfig | None
     return {f.name: hints[f.name] for f in dataclasses.fields(TrainingArguments)}

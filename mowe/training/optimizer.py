@@ -23,7 +23,7 @@ def check_optimizer(arguments: TrainingArguments, model: PreTrainedModel) -> Non
 
 
 def _check_optim_args(arguments: TrainingArguments, model: PreTrainedModel) -> None:
-    """The part of `get_optimizer_cls_and_kwargs` that reads them, which itself says nothing of those it does not know."""
+    """What reads them in `get_optimizer_cls_and_kwargs`, which itself says nothing of those it does not know."""
     from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext, _parse_optim_args
 
     given = _Asked(_parse_optim_args(arguments.optim_args))
