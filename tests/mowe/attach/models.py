@@ -10,11 +10,12 @@ from unittest import mock
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Qwen2AudioProcessor, WhisperFeatureExtractor
 
 import mowe
-from tests.mowe.attach.audio_llms import AUDIO, PAD, TINY, WINDOW
+from tests.mowe.attach.audio_llms import AUDIO, MEL, PAD, TINY, WINDOW
 from tests.mowe.encoders import hubert, randomized, whisper
+from tests.mowe.tokenizer import byte_tokenizer
 
 
 def tiny_pool() -> mowe.EncoderPool:
@@ -28,6 +29,18 @@ def tiny(model_type: str) -> PreTrainedModel:
     torch.manual_seed(0)
     with without_timm():
         return randomized(TINY[model_type].make(), 7).requires_grad_(False)
+
+
+def save_qwen2_audio(folder: str, dtype: torch.dtype = torch.float32) -> None:
+    """A checkpoint of a tiny model and of a processor with the tokens of the real one."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]})
+    model = tiny("qwen2_audio")
+    model.resize_token_embeddings(320)
+    model.config.audio_token_id = tokenizer.convert_tokens_to_ids("<|AUDIO|>")
+    model.generation_config.max_length = None
+    model.to(dtype).save_pretrained(folder)
+    Qwen2AudioProcessor(WhisperFeatureExtractor(feature_size=MEL, chunk_length=2), tokenizer).save_pretrained(folder)
 
 
 class _NoVision(nn.Module):

@@ -7,14 +7,10 @@ from pathlib import Path
 
 import pytest
 import soundfile
-import transformers
-from transformers import WhisperFeatureExtractor
 
 from mowe.attach import LAYOUTS
-from tests.mowe.attach.audio_llms import MEL
-from tests.mowe.attach.models import tiny
+from tests.mowe.attach.models import save_qwen2_audio
 from tests.mowe.encoders import clip, hubert, whisper
-from tests.mowe.tokenizer import byte_tokenizer
 
 PAGE = Path(__file__).parents[3] / "docs" / "attach.md"
 BASE, HUBERT = "Qwen/Qwen2-Audio-7B-Instruct", "facebook/hubert-base-ls960"
@@ -24,16 +20,7 @@ BASE, HUBERT = "Qwen/Qwen2-Audio-7B-Instruct", "facebook/hubert-base-ls960"
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with tiny checkpoints under the names of the page, and its audio files."""
     monkeypatch.chdir(tmp_path)
-    tokenizer = byte_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]})
-    base = tiny("qwen2_audio")
-    base.resize_token_embeddings(320)
-    base.config.audio_token_id = tokenizer.convert_tokens_to_ids("<|AUDIO|>")
-    base.generation_config.max_length = None
-    base.save_pretrained(BASE)
-    transformers.Qwen2AudioProcessor(
-        WhisperFeatureExtractor(feature_size=MEL, chunk_length=2), tokenizer
-    ).save_pretrained(BASE)
+    save_qwen2_audio(BASE)
     whisper(1).save_pretrained("openai/whisper-tiny")
     whisper(2).save_pretrained("openai/whisper-tiny.en")
     hubert().save_pretrained(HUBERT)
