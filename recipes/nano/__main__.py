@@ -22,6 +22,8 @@ Only = Annotated[list[str] | None, typer.Option(metavar="NAME", help="this one a
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
 Results = Annotated[Path | None, typer.Option(metavar="DIR", help="result files; those of the lab by default")]
 Out = Annotated[Path | None, typer.Option(metavar="FILE", help="the report, .md; in the lab by default")]
+Shipped = Annotated[Path, typer.Option(metavar="DIR", help="where the model, its scores and its card go")]
+Smoke = Annotated[Path, typer.Option(metavar="DIR", help="where the clips, their manifests and the model go")]
 
 LAB = Path("nano-lab")
 CORES = len(os.sched_getaffinity(0))
@@ -69,15 +71,15 @@ def report(lab: Lab = LAB, results: Results = None, out: Out = None) -> None:
 
 
 @app.command()
-def ship(lab: Lab = LAB, out: Lab = Path("mowe/assets/nano")) -> None:
-    """Write the model that the package ships."""
+def ship(lab: Lab = LAB, out: Shipped = Path("mowe/assets/nano")) -> None:
+    """Train the diverse pool in twice the steps, and write the model that the package ships."""
     from recipes.nano.ship import ship
 
     ship(lab, out)
 
 
 @app.command()
-def smoke(out: Lab = Path("nano-smoke")) -> None:
+def smoke(out: Smoke = Path("nano-smoke")) -> None:
     """Make what `mowe train recipes/nano/smoke.yaml` needs: a few sounds and an untrained model, without espeak-ng."""
     from recipes.nano.smoke import build
 
