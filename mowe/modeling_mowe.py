@@ -163,14 +163,17 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
 
     @property
     def audio_tower(self) -> EncoderFamily:
+        """The base encoder."""
         return self.model.audio_tower
 
     @property
     def multi_modal_projector(self) -> nn.Module:
+        """Shortens the audio features and maps them into the language model."""
         return self.model.multi_modal_projector
 
     @property
     def language_model(self) -> PreTrainedModel:
+        """The language model, with its head."""
         return self.model.language_model
 
     def get_input_embeddings(self) -> nn.Module:

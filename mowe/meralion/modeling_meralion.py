@@ -255,14 +255,17 @@ class MeralionForConditionalGeneration(MeralionPreTrainedModel, GenerationMixin)
 
     @property
     def audio_tower(self) -> WhisperEncoder:
+        """The audio encoder."""
         return self.model.audio_tower
 
     @property
     def multi_modal_projector(self) -> MeralionProjector:
+        """Shortens the audio features and maps them into the language model."""
         return self.model.multi_modal_projector
 
     @property
     def language_model(self) -> Gemma2Model:
+        """The language model, without its head."""
         return self.model.language_model
 
     def get_input_embeddings(self) -> nn.Module:

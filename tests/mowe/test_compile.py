@@ -1,4 +1,5 @@
-"""The whole mixture under torch.compile: one graph, and none anew for other lengths or another routing."""
+"""The whole mixture under torch.compile: a second graph for other lengths unless it is asked to be dynamic, and none
+anew after that for other lengths or another routing."""
 
 from __future__ import annotations
 
@@ -78,6 +79,21 @@ def test_other_lengths_and_another_routing_compile_nothing(context):
         assert counter.frame_count == min(number + 1, 2)  # at the second batch, sizes become symbols
         chosen.add(str(out.indices.tolist()))
     assert len(chosen) > 1
+
+
+@torch.no_grad()
+def test_dynamic_from_the_start_each_number_of_clips_has_one_graph():
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(mixture("valid"), backend=counter, fullgraph=True, dynamic=True)
+    for lengths in (BATCHES[0], BATCHES[0][:2]):
+        before = counter.frame_count
+        compiled(*inputs(lengths))
+        made = counter.frame_count
+        assert made > before
+        for others in BATCHES[1:3]:
+            compiled(*inputs(others[: len(lengths)]))
+        compiled(*inputs(BATCHES[1]))
+        assert counter.frame_count == made
 
 
 class Padded(torch.nn.Module):
