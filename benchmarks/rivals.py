@@ -69,8 +69,9 @@ def experts(
     """fc2(gelu(fc1(h))) of packed rows by transformers, each row routed on its own as in its language models."""
     layers = {"up_proj": fc1, "up_proj_bias": fc1_bias, "down_proj": fc2, "down_proj_bias": fc2_bias}
     module = SimpleNamespace(
-        **layers, act_fn=gelu, num_experts=len(fc1), has_gate=False, has_bias=True, is_transposed=False
-    )
+        **layers, act_fn=gelu, num_experts=len(fc1), has_gate=False, has_bias=True, is_transposed=False,
+        _is_expert_parallel=False,
+    )  # fmt: skip
     encoder = torch.arange(len(fc1), device=fc1.device).repeat_interleave(offsets.diff())[:, None]
     one = torch.ones(encoder.shape, dtype=fc1.dtype, device=fc1.device)
     return lambda h: grouped_mm_experts_forward(module, h, encoder, one)

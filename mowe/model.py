@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import WeightConverter
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mowe.audio import AudioBatch
@@ -61,7 +62,16 @@ class MowePreTrainedModel(KeepsFixed, PreTrainedModel):
         load_config: Any,
         **kwargs: Any,
     ) -> Any:
-        """Where a model is quantised while it is read, tensors come one by one."""
+        """Where a model is quantised while it is read, tensors come one by one. Names it has are not renamed: since
+        version 5.23 transformers takes `model.language_model.model`, a model with its head, for a mistake of others.
+        """
+        names = model.state_dict().keys()
+        kept = [
+            transform
+            for transform in load_config.weight_mapping or ()
+            if isinstance(transform, WeightConverter) or all(transform.rename_source_key(n)[0] == n for n in names)
+        ]
+        load_config = replace(load_config, weight_mapping=kept)
         quantizer = load_config.hf_quantizer
         if quantizer is not None and not quantizer.pre_quantized and state_dict is None and checkpoint_files:
             state_dict = StoredTensor.all_of(checkpoint_files)

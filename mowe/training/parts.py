@@ -126,7 +126,10 @@ class Parts:
     def _adapt(self, lora: LoraConfig) -> None:
         settings = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
         if not hasattr(self.model, "peft_config"):
-            self.model.add_adapter(self.model.lora_config(**settings))
+            try:
+                self.model.add_adapter(self.model.lora_config(**settings))
+            except (ImportError, ValueError) as error:  # peft is too old for this transformers, or not there
+                raise ConfigError(f"trainable.language_model: no adapters can be added: {error}") from None
         elif lora != LoraConfig():
             (there,) = self.model.peft_config.values()
             for name, value in settings.items():

@@ -247,8 +247,9 @@ UP = "model.language_model.model.layers.0.mlp.up_proj.weight"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (truncate(f"{QKV}.absmax"), r"qkv.absmax must have sizes \[1, 48\], got \[1, 47\]"),
-        (truncate(f"{QKV}.codes"), "qkv.codes must have sizes"),
+        # Newer versions of transformers look at the sizes themselves.
+        (truncate(f"{QKV}.absmax"), r"qkv.absmax must have sizes \[1, 48\], got \[1, 47\]|misshapen .*qkv.absmax$"),
+        (truncate(f"{QKV}.codes"), r"qkv.codes must have sizes|misshapen .*qkv.codes$"),
         (
             truncate(f"{UP}.absmax"),
             "up_proj: it must have a scale every 64",
