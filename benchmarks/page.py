@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.catalogue import ALL
+from benchmarks.rivals import MEANINGS
 from benchmarks.shares import added
 from benchmarks.suites import SUITES
 from benchmarks.tables import OPS, clips, conditions, duration, machine, markdown, meaning, speedup, table
@@ -21,22 +23,23 @@ GPU_PICTURES = {
     "speedup": "Speed-up on a GPU by workload and provider",
     "floor": "Share of the floor by op on a GPU",
 }
-# What the README shows: (workload, mode, the library's provider), each beside its baseline. The page has everything.
-Overview = Mapping[tuple[str, str, str], str]
+# What the README shows: (workload, mode, baseline, the library's provider). The page has everything.
+Overview = Mapping[tuple[str, str, str, str], str]
 OVERVIEW: Overview = {
-    ("tiny8/speech/8", "features", "packed"): "features of a pool",
-    ("tiny8/short/8", "features", "packed"): "features of a pool",
-    ("tiny8/full/8", "features", "packed"): "features of a pool",
-    ("tiny8/speech/4", "features", "packed_nf4"): "features of a pool in 4 bits",
-    ("tiny8/speech/4", "whole", "mixture"): "waveforms to LLM embeddings",
-    ("tiny8/speech/2", "frozen step", "mixture_step"): "a training step, base encoder frozen",
+    ("tiny8/speech/8", "features", "per_clip", "packed"): "features of a pool",
+    ("tiny8/short/8", "features", "per_clip", "packed"): "features of a pool",
+    ("tiny8/full/8", "features", "padded_loop", "packed"): "features of a pool",
+    ("tiny8/speech/4", "features", "nf4_loop", "packed_nf4"): "features of a pool in 4 bits",
+    ("tiny8/speech/4", "whole", "naive", "mixture"): "waveforms to LLM embeddings",
+    ("tiny8/speech/2", "frozen step", "padded_mixture_step", "mixture_step"): "a training step, base encoder frozen",
 }
 GPU_OVERVIEW: Overview = {
-    ("tiny8/speech/64", "features", "packed"): "features of a pool",
-    ("tiny8/speech/64", "features", "packed_nf4"): "features of a pool in 4 bits",
-    ("tiny8/speech/16", "whole", "mixture"): "waveforms to LLM embeddings",
-    ("tiny8/speech/16", "step", "packed_step"): "a training step of the pool",
-    ("tiny8/speech/16", "frozen step", "mixture_step"): "a training step, base encoder frozen",
+    ("tiny8/speech/64", "features", "per_clip", "packed"): "features of a pool",
+    ("tiny8/speech/64", "features", "padded_loop", "packed"): "features of a pool",
+    ("tiny8/speech/64", "features", "nf4_loop", "packed_nf4"): "features of a pool in 4 bits",
+    ("tiny8/speech/16", "whole", "naive", "mixture"): "waveforms to LLM embeddings",
+    ("tiny8/speech/16", "step", "padded_loop_step", "packed_step"): "a training step of the pool",
+    ("tiny8/speech/16", "frozen step", "padded_mixture_step", "mixture_step"): "a training step, base encoder frozen",
 }
 _SECTIONS = {
     "features": "Features of the chosen encoders",
@@ -62,7 +65,7 @@ def page(
     lines += ["### Memory", "", *_picture(pictures, "memory.png")]
     lines += ["### Scaling", "", f"Measured by `{sweeps['command']}`.", "", *_picture(pictures, "sweeps.png")]
     lines += [*_where_time_goes(profiled), *_beside_the_base(profiled)]
-    lines += ["### Not run here", "", *(f"- {name}: {reason}." for name, reason in cpu["missing"].items()), ""]
+    lines += ["### Not run here", "", *(f"- {_words(name)}: {reason}." for name, reason in cpu["missing"].items()), ""]
     for name, gpu in gpus.items():
         lines += [f"## On {gpu['device']}", "", conditions(gpu), "", *_host(gpu)]
         drawn = {shown: _gpu_picture(pictures, name, shown) for shown in gpu_pictures(gpu)}
@@ -93,11 +96,11 @@ def readme(cpu: dict[str, Any], profiled: dict[str, Any], gpus: Mapping[str, dic
 
 def overview(report: dict[str, Any], wanted: Overview) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
     """(what, the baseline's result, the library's) of what a newcomer wants to know, as far as it was measured."""
-    found = {(r["subject"], r["mode"], r["provider"]): r for r in reversed(report["results"])}
+    found = {(r["subject"], r["mode"], r["baseline"], r["provider"]): r for r in report["results"]}
     return [
-        (title, found[subject, mode, found[subject, mode, own]["baseline"]], found[subject, mode, own])
-        for (subject, mode, own), title in wanted.items()
-        if (subject, mode, own) in found
+        (title, found[subject, mode, baseline, baseline], found[subject, mode, baseline, own])
+        for (subject, mode, baseline, own), title in wanted.items()
+        if (subject, mode, baseline, own) in found
     ]
 
 
@@ -140,8 +143,13 @@ def _not_measured(results: Sequence[dict[str, Any]]) -> list[str]:
     for c in SUITES["gpu"]:
         absent = [name for name in c.providers if (c.workload, c.mode, c.providers[0], name) not in found]
         if absent:
-            lines.append(f"- {c.workload}, {c.mode}: {', '.join(absent)}")
+            lines.append(f"- {c.workload}, {_SECTIONS[c.mode].lower()}: {'; '.join(map(_words, absent))}")
     return ["### Not measured yet", "", *lines, ""] if lines else []
+
+
+def _words(provider: str) -> str:
+    """What a reader is told a provider is, of whole passes or of single ops."""
+    return ALL[provider].meaning if provider in ALL else MEANINGS[provider]
 
 
 def _tables(results: Sequence[dict[str, Any]]) -> list[str]:

@@ -68,13 +68,17 @@ def experts(
 ) -> Callable[[Tensor], Tensor]:
     """fc2(gelu(fc1(h))) of packed rows by transformers, each row routed on its own as in its language models."""
     layers = {"up_proj": fc1, "up_proj_bias": fc1_bias, "down_proj": fc2, "down_proj_bias": fc2_bias}
-    module = SimpleNamespace(
-        **layers, act_fn=gelu, num_experts=len(fc1), has_gate=False, has_bias=True, is_transposed=False,
-        _is_expert_parallel=False,
-    )  # fmt: skip
+    module = _Experts(**layers, act_fn=gelu, num_experts=len(fc1), has_bias=True)
     encoder = torch.arange(len(fc1), device=fc1.device).repeat_interleave(offsets.diff())[:, None]
     one = torch.ones(encoder.shape, dtype=fc1.dtype, device=fc1.device)
     return lambda h: grouped_mm_experts_forward(module, h, encoder, one)
+
+
+class _Experts(SimpleNamespace):
+    """A module of transformers' experts; whatever else a version asks of it is off."""
+
+    def __getattr__(self, name: str) -> bool:
+        return False
 
 
 def attentions(qkv: Tensor, cu_seqlens: Tensor, longest: int) -> dict[str, Callable[[], Tensor]]:

@@ -6,11 +6,9 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 
 from mowe.audio import SAMPLING_RATE
 from mowe.pool import EncoderPool
@@ -26,7 +24,7 @@ class PerClipDispatch:
     def __init__(self, pool: EncoderPool):
         self.device = next(pool.parameters()).device
         self.encoders = [pool.to_transformers(i) for i in range(pool.num_encoders)]
-        self.extractors = [_feature_extractor(entry) for entry in pool.config.encoders or ()]
+        self.extractors = [pool.feature_extractor(index) for index in range(pool.num_encoders)]
 
     @torch.inference_mode()
     def __call__(self, waveforms: Sequence[Tensor], indices: Sequence[Sequence[int]]) -> dict[tuple[int, int], Tensor]:
@@ -106,13 +104,6 @@ def max_abs_diff(
         (output.pair(clip, list(indices[clip]).index(index)) - alone).abs().max().item()
         for (clip, index), alone in dispatch(waveforms, indices).items()
     )
-
-
-def _feature_extractor(entry: dict[str, Any]) -> Any:
-    """What prepares the input of one encoder of a pool's configuration."""
-    if "num_mel_bins" in entry["config"]:
-        return WhisperFeatureExtractor(feature_size=entry["config"]["num_mel_bins"])
-    return Wav2Vec2FeatureExtractor(do_normalize=bool(entry.get("do_normalize", False)))
 
 
 def _now(device: torch.device) -> float:

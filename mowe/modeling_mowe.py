@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from os import PathLike
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from mowe.errors import ConfigError, naming
 from mowe.families import EncoderFamily, family_class, find_encoder
 from mowe.generation import CACHE, PlaceholderNeverChosen
 from mowe.losses import loss_share
-from mowe.mixture import MixtureOfWeakEncoders
+from mowe.mixture import MixtureOfWeakEncoders, MixtureOutput
 from mowe.model import MoweAudioOutput, MoweModel, MowePreTrainedModel
 from mowe.pool import EncoderPool
 
@@ -49,7 +49,10 @@ class MoweCausalLMOutputWithPast(CausalLMOutputWithPast):
     loss: next-token loss plus aux_loss. logits: [B, T, V]. aux_loss: weighted sum of the router losses, a float32
     scalar. router_logits: float32 [audio windows, E] of the data-dependent router. router_indices: int64
     [audio windows, k], the chosen encoders. Without audio the last three are None.
+    mixture: all of MixtureOutput, with the weights; no field but an attribute, so that nobody gathers it over batches.
     """
+
+    mixture: ClassVar[MixtureOutput | None] = None
 
     aux_loss: Tensor | None = None
     router_logits: Tensor | None = None
@@ -291,6 +294,7 @@ class MoweForConditionalGeneration(MowePreTrainedModel, GenerationMixin):
             router_logits=mixture.router_logits if mixture is not None else None,
             router_indices=mixture.indices if mixture is not None else None,
         )
+        output.mixture = mixture
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 
 from mowe.audio import AudioBatch
 from mowe.checkpoint import load_pretrained_encoder, normalizes
@@ -182,6 +182,7 @@ class EncoderPool(KeepsFixed, nn.Module):
 
     @property
     def num_encoders(self) -> int:
+        """How many encoders there are to choose from."""
         return len(self.config.encoders or ())
 
     @property
@@ -234,9 +235,17 @@ class EncoderPool(KeepsFixed, nn.Module):
         return replace(out, plan_on_host=partial(_plan, chosen.clone(), lengths, self.layout(chosen.device)))
 
     def to_transformers(self, index: int) -> PreTrainedModel:
-        """Encoder `index` given back as a transformers module."""
+        """Encoder `index` given back as a transformers module, for input as `feature_extractor(index)` prepares it."""
         family, place = self._place(index)
         return family.to_transformers(place)
+
+    def feature_extractor(self, index: int) -> WhisperFeatureExtractor | Wav2Vec2FeatureExtractor:
+        """What prepares the input of encoder `index` in transformers: `from_encoders` takes both of them again."""
+        self._place(index)
+        entry = (self.config.encoders or [])[index]
+        if "num_mel_bins" in entry["config"]:
+            return WhisperFeatureExtractor(feature_size=entry["config"]["num_mel_bins"])
+        return Wav2Vec2FeatureExtractor(do_normalize=bool(entry.get("do_normalize", False)))
 
     def _place(self, index: int) -> tuple[EncoderFamily, int]:
         """Family of an encoder and its place there."""

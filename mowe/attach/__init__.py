@@ -29,4 +29,5 @@ class _AttachModule(ModuleType):
     __signature__ = signature(attach)
 
 
+__doc__ = attach.__doc__  # what help(mowe.attach) shows
 sys.modules[__name__].__class__ = _AttachModule

@@ -137,7 +137,10 @@ def read_config(folder: Path) -> MoweConfig:
         settings = json.loads(file.read_text(encoding="utf-8"))
         kind = settings.get("model_type") if isinstance(settings, dict) else None
         if kind != MoweConfig.model_type:
-            raise CheckpointError(f"{file}: model_type must be {MoweConfig.model_type!r}, got {kind!r}")
+            from mowe.attach.adapter import CONFIG_FILE
+
+            attached = "; models with an attached mixture are for Python alone" * (folder / CONFIG_FILE).is_file()
+            raise CheckpointError(f"{file}: model_type must be {MoweConfig.model_type!r}, got {kind!r}{attached}")
         return MoweConfig.from_dict(settings)
 
 

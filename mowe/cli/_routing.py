@@ -58,7 +58,8 @@ def routing_table(loaded: LoadedModel, routes: Sequence[WindowRoute], answers: S
     """A row a window: the choice of each slot with its weight and, if given, the answer."""
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False)
     longest = max(len(window.label) for window in routes)
-    table.add_column("clip", overflow="fold", min_width=min(longest, _NAME))
+    # Not by a min_width, which makes rich's tables wider than the screen by a column, that is then cut off.
+    table.add_column("clip", overflow="fold", no_wrap=longest <= _NAME)
     table.add_column("sec", justify="right", no_wrap=True)
     for heading in slot_names(loaded.model.config):
         table.add_column(heading, no_wrap=True)

@@ -36,7 +36,8 @@ def evaluate(
     model, processor: as from_pretrained gives them; the model's parts are in the mode they were in afterwards. rules,
     seed: see `score`. batch_frames: frames of 20 ms in a batch, padding included; answers do not depend on it.
     max_new_tokens: the longest answer. track: wraps the batches, for a progress bar.
-    Raises AudioError for a clip that cannot be read, ConfigError as `score` does, before anything is asked.
+    Raises AudioError for a clip that cannot be read, ConfigError as `score` does and for a processor of another kind of
+    model, before anything is asked.
     """
     from mowe.evaluation.generation import answer_examples
 

@@ -14,6 +14,7 @@ from mowe.audio import WINDOW_SAMPLES, split_windows
 from mowe.data import Example
 from mowe.errors import ConfigError
 from mowe.evaluation.tasks import Rule
+from mowe.processing_mowe import MoweProcessor
 
 FRAME_SAMPLES = 320
 """20 ms, a frame of the encoders: what a batch is measured in."""
@@ -40,8 +41,13 @@ def answer_examples(
     """The model's answer to each example, and how many were still going on after `max_new_tokens`.
 
     A transcription of audio longer than the processor's window is made window by window and joined with spaces, as in
-    the paper; other tasks hear their clip as a whole.
+    the paper; other tasks hear their clip as a whole. Raises ConfigError for a processor of another kind of model.
     """
+    if not isinstance(processor, MoweProcessor):
+        raise ConfigError(
+            f"expected a MoweProcessor and its model, got {type(processor).__name__}; mowe.evaluation.score judges the "
+            "answers of other models"
+        )
     window = getattr(processor.feature_extractor, "window_samples", WINDOW_SAMPLES)
     pieces = []
     for index, example in enumerate(examples):

@@ -42,13 +42,18 @@ PROFILED = report(
 )
 
 
+OF_64_CLIPS = (
+    "- tiny8/speech/64, features of the chosen encoders: transformers, each clip and slot alone, from waveforms;"
+)
+
+
 def test_page_says_what_was_measured_and_what_was_not():
     text = page(CPU, SWEEPS, PROFILED, {}, "benchmarks")
     assert "| one packed pass, from waveforms | 0.20 s | 5.00 | 4.75 to 5.25 | 25% | 1024 MiB |" in text
-    assert "- padded_loop_compiled: torch.compile needs a C++ compiler." in text
+    assert "- transformers under torch.compile, one batch an encoder, features given: torch.compile needs a" in text
     assert "| matrix products | 75.0% |" in text
     assert "| pool | 70.0 | 4.0 | 3.5% | 4.0% |" in text
-    assert "Not measured yet" in text and "- tiny8/speech/64, features: per_clip, padded_loop, packed\n" in text
+    assert "Not measured yet" in text and OF_64_CLIPS in text
 
 
 def test_page_says_what_was_measured_on_a_gpu():
@@ -57,8 +62,8 @@ def test_page_says_what_was_measured_on_a_gpu():
     text = page(CPU, SWEEPS, PROFILED, {"some-gpu": gpu}, "benchmarks")
     assert "takes the host 123 us." in text
     assert "## On Some GPU" in text and "(benchmarks/some-gpu-speedup.png)" in text
-    assert "- tiny8/speech/64, features: per_clip, padded_loop, packed\n" not in text
-    assert "- tiny8/speech/64, features: nf4_loop, packed, packed_nf4\n" in text
+    assert OF_64_CLIPS not in text
+    assert "- tiny8/speech/64, features of the chosen encoders: transformers with bitsandbytes' Linear4bit" in text
 
 
 def test_readme_shows_what_a_newcomer_wants_to_know():

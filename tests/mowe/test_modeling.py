@@ -194,8 +194,10 @@ def test_output_names_the_router(model: Any, processor: mowe.MoweProcessor) -> N
     out = model(**processor(PROMPTS, audio=CLIPS), output_hidden_states=True)
     assert out.router_logits.shape == (3, 4) and out.router_indices.shape == (3, 2) and out.aux_loss.dim() == 0
     assert len(out.hidden_states) == 3 and out.loss is None
+    assert torch.equal(out.mixture.indices, out.router_indices) and out.mixture.weights.shape == (3, 2)
     plain = model(**processor("text"))
-    assert plain.router_logits is plain.router_indices is plain.aux_loss is None
+    assert plain.router_logits is plain.router_indices is plain.aux_loss is plain.mixture is None
+    assert "mixture" not in out
 
 
 def test_generation_needs_the_places_of_the_audio(model: Any) -> None:

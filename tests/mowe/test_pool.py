@@ -182,6 +182,23 @@ def test_feature_extractors_decide_the_normalisation():
                 assert_same(out.pair(c, e), alone(encoder, wave, "valid", do_normalize=e in (0, 3)))
 
 
+def test_a_pool_of_what_another_gives_back_and_one_encoder_more():
+    pool = EncoderPool.from_encoders(
+        [hubert(0), whisper(1)], [Wav2Vec2FeatureExtractor(do_normalize=True), WhisperFeatureExtractor()]
+    )
+    encoders, extractors = (
+        [give(index) for index in range(2)] for give in (pool.to_transformers, pool.feature_extractor)
+    )
+    larger = EncoderPool.from_encoders([*encoders, wav2vec2(2)], [*extractors, None])
+    waves = [5 * wave + 1 for wave in clips(4_000)]
+    with torch.no_grad():
+        before, after = (p.encode(waves, [[0, 1]], "valid") for p in (pool, larger))
+    for slot in range(2):
+        assert_same(after.pair(0, slot), before.pair(0, slot))
+    with pytest.raises(ConfigError, match="no encoder 2 in a pool of 2"):
+        pool.feature_extractor(2)
+
+
 @pytest.mark.parametrize(
     ("encoder", "extractor", "told"),
     [

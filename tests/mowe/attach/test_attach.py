@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -291,6 +292,10 @@ def test_a_layout_of_ones_own() -> None:
     assert model.mowe.config.fusion == "residual"
     assert torch.equal(logits(model, batch), expected)
     assert not torch.allclose(logits(awaken(model), batch), expected, atol=1e-4)
+
+
+def test_help_is_that_of_the_function() -> None:
+    assert "fusion" in inspect.getdoc(mowe.attach) and "fusion" in inspect.signature(mowe.attach).parameters
 
 
 def test_models_that_hold_a_supported_one() -> None:

@@ -144,6 +144,10 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cut config": (shortened("config.json"), "config.json"),
     "not a config": (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe"), "config.json"),
     "other model": (edited(model_type="llama"), "'llama'"),
+    "attached": (
+        lambda folder: (edited(model_type="qwen2_audio")(folder), (folder / "mowe_config.json").touch()),
+        "got 'qwen2_audio'; models with an attached mixture are for Python alone",
+    ),
     "unknown key": (edited(router_temprature=1.0), "router_temprature"),
     "too many slots": (edited(num_dependent_slots=9), "num_dependent_slots"),
     "empty pool": (edited(pool_config={"encoders": []}), "pool"),

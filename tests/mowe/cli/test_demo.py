@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+from rich.text import Text
 
+from mowe.cli._routing import WindowRoute, routing_table
 from mowe.demo import Comparison, PerClipDispatch, compare, max_abs_diff
+from mowe.nano import nano_model
 from mowe.pool import EncoderPool
 from tests.mowe.babbler import babbler
 from tests.mowe.cli.conftest import Run
@@ -102,3 +109,18 @@ def test_compare_takes_the_median_of_the_rounds(
     assert (comparison.seconds_packed, comparison.seconds_per_clip, comparison.speedup) == (2, 20, 10)
     assert len(rounds) == 4
     assert comparison.max_abs_diff < 1e-5
+
+
+@pytest.mark.parametrize("width", [72, 80, 81, 100])
+def test_the_table_keeps_every_character(width: int) -> None:
+    loaded: Any = SimpleNamespace(
+        model=nano_model()[0], encoder_names=["HuBERT 0", "HuBERT 1", "Whisper 2", "Whisper 3"]
+    )
+    routes = [WindowRoute("english_short.flac", 0.0, 1.69, [2, 3], [0.38, 0.65])]
+    console = Console(file=io.StringIO(), width=width)
+    answer = "a woman speaking English (is: a man speaking English)"
+    console.print(routing_table(loaded, routes, [Text(answer)]))
+    said = console.file.getvalue()
+    assert sorted(answer.replace(" ", "")) == sorted(
+        "".join(line[64:] for line in said.splitlines()[2:]).replace(" ", "")
+    )

@@ -108,3 +108,8 @@ def test_a_clip_that_is_gone_is_named(model: Any, asked: list[Example], tmp_path
     gone = Example(tmp_path / "gone.wav", "mood", "What?", "sad", 1, 16_000)
     with pytest.raises(AudioError, match=r"gone\.wav: no such file"):
         evaluate(*model, [*asked[:1], gone], max_new_tokens=1)
+
+
+def test_a_processor_of_another_model_is_told_first(asked: list[Example], model: Any) -> None:
+    with pytest.raises(ConfigError, match=r"expected a MoweProcessor and its model, got Tokenizer.*evaluation.score"):
+        evaluate(model[0], type("Tokenizer", (), {})(), asked, RULES)
