@@ -9,10 +9,12 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mowe.errors import ConfigError
-from mowe.generation import CACHE
 
+# What language models call their cache, as an argument and in their output: another name since transformers 5.24.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 ROUTER_LOSSES = ("independent_entropy", "dependent_entropy", "diversity", "load_balance", "z_loss")
 PAPER_ROUTER_LOSSES = {"independent_entropy": 0.1, "dependent_entropy": 0.1, "diversity": 0.1}
 

@@ -6,10 +6,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import LogitsProcessorList
-from transformers.modeling_outputs import CausalLMOutputWithPast
-
-# What language models call their cache, as an argument and in their output: another name since transformers 5.24.
-CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class PlaceholderNeverChosen(LogitsProcessorList):

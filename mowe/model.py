@@ -14,11 +14,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mowe.audio import AudioBatch
 from mowe.checkpoint import StoredTensor
-from mowe.configuration_mowe import MoweConfig
+from mowe.configuration_mowe import CACHE, MoweConfig
 from mowe.errors import AudioError, ConfigError, naming
 from mowe.families import FAMILIES, ClipFeatures, EncoderFamily, KeepsFixed, family_class
 from mowe.families.stacked import StackedConv, StackedLinear, StackedNorm
-from mowe.generation import CACHE
 from mowe.mixture import MixtureOfWeakEncoders, MixtureOutput
 from mowe.pool import EncoderPool, Layouts
 from mowe.projector import BaseFeatures, MoweProjector

@@ -24,10 +24,10 @@ from mowe.checkpoint import (
     normalizes,
     read_model,
 )
-from mowe.configuration_mowe import MoweConfig
+from mowe.configuration_mowe import CACHE, MoweConfig
 from mowe.errors import ConfigError, naming
 from mowe.families import EncoderFamily, family_class, find_encoder
-from mowe.generation import CACHE, PlaceholderNeverChosen
+from mowe.generation import PlaceholderNeverChosen
 from mowe.losses import loss_share
 from mowe.mixture import MixtureOfWeakEncoders, MixtureOutput
 from mowe.model import MoweAudioOutput, MoweModel, MowePreTrainedModel

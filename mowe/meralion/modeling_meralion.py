@@ -28,8 +28,8 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils.generic import can_return_tuple
 
 from mowe.checkpoint import check_keys, check_source, read_model
+from mowe.configuration_mowe import CACHE
 from mowe.errors import AudioError, ConfigError, naming
-from mowe.generation import CACHE
 from mowe.meralion.configuration_meralion import CONFIG_CLASSES, MeralionConfig
 from mowe.meralion.mlx import is_mlx, read_mlx
 

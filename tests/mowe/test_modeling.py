@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import mowe
+from mowe.configuration_mowe import CACHE
 from mowe.errors import AudioError, ConfigError
-from mowe.generation import CACHE
 from tests.mowe.audio_llm import CLIPS, GREEDY, PROMPTS, answers, language_model, processor_of, tiny_model, tiny_pool
 from tests.mowe.encoders import assert_same, clip
 

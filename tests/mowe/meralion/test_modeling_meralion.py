@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForMultimodalLM, Gemma2Model
 
+from mowe.configuration_mowe import CACHE
 from mowe.errors import AudioError, CheckpointError, ConfigError
-from mowe.generation import CACHE
 from mowe.meralion import Meralion2Config, MeralionConfig, MeralionForConditionalGeneration
 from mowe.meralion.modeling_meralion import MeralionProjector
 from tests.mowe.encoders import assert_same
