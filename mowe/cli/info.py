@@ -128,7 +128,7 @@ def _table(parts: list[Part]) -> Table:
     table.add_column("part", "all")
     table.add_column("type")
     table.add_column("size")
-    for heading, sum_ in zip(("parameters", "fp32", "bf16", "4-bit"), total, strict=True):
+    for heading, sum_ in zip(("parameters", "fp32", "bf16", "4-bit/bf16"), total, strict=True):
         table.add_column(heading, sum_, justify="right", no_wrap=True)
     for part in parts:
         table.add_row(part.name, part.type, part.detail, *_part_sum([part]))
