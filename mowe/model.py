@@ -61,14 +61,14 @@ class MowePreTrainedModel(KeepsFixed, PreTrainedModel):
         load_config: Any,
         **kwargs: Any,
     ) -> Any:
-        """Where a model is quantised while it is read, tensors come one by one. Names it has are not renamed: since
-        version 5.23 transformers takes `model.language_model.model`, a model with its head, for a mistake of others.
+        """Where a model is quantised while it is read, tensors come one by one. The language model's body keeps its
+        name, which transformers since 5.23 takes for a mistake that others once made.
         """
-        names = model.state_dict().keys()
+        body = "model.language_model.model."
         kept = [
             transform
             for transform in load_config.weight_mapping or ()
-            if isinstance(transform, WeightConverter) or all(transform.rename_source_key(n)[0] == n for n in names)
+            if isinstance(transform, WeightConverter) or transform.rename_source_key(body)[0] == body
         ]
         load_config = replace(load_config, weight_mapping=kept)
         quantizer = load_config.hf_quantizer
