@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -42,7 +43,16 @@ class Stop(TrainerCallback):
         self.asked = True
 
 
-def ignore_signals(worker: int) -> None:
-    """Leave it to the process that a worker decodes audio for, to which Ctrl-C and SIGTERM come as well."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def heed_the_parent(worker: int) -> None:
+    """Leave Ctrl-C and SIGTERM to the process that a worker decodes audio for, to which they come as well; SIGTERM from
+    that one itself ends the worker.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_by, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_by(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
