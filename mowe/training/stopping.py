@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from transformers import TrainerCallback
@@ -43,16 +46,13 @@ class Stop(TrainerCallback):
         self.asked = True
 
 
-def heed_the_parent(worker: int) -> None:
-    """Leave Ctrl-C and SIGTERM to the process that a worker decodes audio for, to which they come as well; SIGTERM from
-    that one itself ends the worker.
-    """
+def worker_settings() -> Callable[[int], None]:
+    """What a worker that decodes audio begins with: it leaves Ctrl-C and SIGTERM to its parent until that one ends."""
+    ending = multiprocessing.RawValue("b", 0)
+    atexit.register(setattr, ending, "value", 1)  # before multiprocessing sends SIGTERM to workers and waits for them
+    return partial(_leave_signals, ending)
+
+
+def _leave_signals(ending: Any, worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_by, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_by(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending.value else None)

@@ -27,7 +27,7 @@ from mowe.training.data import FrameBatches
 from mowe.training.parts import Parts
 from mowe.training.routing import RoutingMeter
 from mowe.training.saving import read_trained, reading_checkpoint, replace, unfinished_name, writing
-from mowe.training.stopping import Stop, heed_the_parent
+from mowe.training.stopping import Stop, worker_settings
 
 _MEANINGLESS = ("train_samples_per_second", "total_flos")
 """What the Trainer logs from a number of clips in a batch and of tokens, which here are not what it takes them for."""
@@ -81,7 +81,7 @@ class MoweTrainer(Trainer):
             batch_sampler=batches,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
-            worker_init_fn=heed_the_parent,
+            worker_init_fn=worker_settings(),
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         )
         return self.accelerator.prepare(loader)
