@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mowe.audio import WINDOW_SAMPLES, split_windows
+from mowe.audio import split_windows
 from mowe.data import Example
 from mowe.errors import ConfigError
 from mowe.evaluation.tasks import Rule
@@ -48,7 +48,7 @@ def answer_examples(
             f"expected a MoweProcessor and its model, got {type(processor).__name__}; mowe.evaluation.score judges the "
             "answers of other models"
         )
-    window = getattr(processor.feature_extractor, "window_samples", WINDOW_SAMPLES)
+    window = processor.feature_extractor.window_samples
     pieces = []
     for index, example in enumerate(examples):
         samples = example.samples or len(example.waveform())

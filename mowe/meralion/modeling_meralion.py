@@ -197,8 +197,8 @@ class MeralionModel(MeralionPreTrainedModel):
         """As MeralionForConditionalGeneration.forward, up to the last hidden state of the decoder."""
         if (input_ids is None) == (inputs_embeds is None) or (input_ids is None and input_features is not None):
             raise ConfigError("expected either inputs_embeds or input_ids, the latter with or without input_features")
-        cache = kwargs.get(CACHE, kwargs.get("past_key_values"))
-        prefill = cache is None or cache.get_seq_length() == 0
+        past = kwargs.get(CACHE, kwargs.get("past_key_values"))
+        prefill = past is None or past.get_seq_length() == 0
         if input_features is not None or (prefill and input_ids is not None):
             self.chunks_of(input_ids, input_features)
         if input_features is not None:

@@ -66,6 +66,7 @@ class MoweTrainer(Trainer):
         self.parts, self.saved, self.meter, self.stop = parts, saved, meter, stop
         self.add_callback(stop)
         self._saving_to: str | None = None
+        self._worker_settings = worker_settings()
         if self.is_fsdp_enabled:  # as in a single process, autocast decides what is computed in bfloat16
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
 
@@ -81,7 +82,7 @@ class MoweTrainer(Trainer):
             batch_sampler=batches,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
-            worker_init_fn=worker_settings(),
+            worker_init_fn=self._worker_settings,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         )
         return self.accelerator.prepare(loader)
